@@ -1,0 +1,143 @@
+"""Which of the three paths a call takes.
+
+Under a functorch transform or forward-mode differentiation the reference runs, since it can be differentiated in every
+way; where a gradient is needed, an autograd function around the operators; else an operator alone. The arguments are
+those of `functional`, already checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import ops, reference
+from .definitions import parse_axes
+from .reference import Rows
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    out_dtype = autocast_dtype(x)
+    if transformed():
+        rows = reference.layer_norm_rows(x.shape, normalized_shape)
+        return reference.normalize(x, rows, weight, bias, eps, out_dtype=out_dtype).y
+    if differentiated(x, weight, bias):
+        return ops.LayerNorm.apply(x, weight, bias, normalized_shape, eps, out_dtype)
+    return torch.ops.normwise.layer_norm(x, normalized_shape, weight, bias, eps, out_dtype)
+
+
+def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
+    out_dtype = autocast_dtype(x)
+    if transformed():
+        rows = reference.layer_norm_rows(x.shape, normalized_shape, centred=False)
+        return reference.normalize(x, rows, weight, None, eps, out_dtype=out_dtype).y
+    if differentiated(x, weight):
+        return ops.RMSNorm.apply(x, weight, normalized_shape, eps, out_dtype)
+    return torch.ops.normwise.rms_norm(x, normalized_shape, weight, eps, out_dtype)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and for each group mean and rstd."""
+    if transformed():
+        rows = reference.group_norm_rows(x.shape, num_groups)
+        y, _, stats = reference.normalize(x, rows, weight, bias, eps, mask=mask, out_dtype=out_dtype)
+        return y, stats.mean.squeeze(-1), stats.rstd.squeeze(-1)
+    if differentiated(x, weight, bias):
+        return ops.GroupNorm.apply(x, weight, bias, num_groups, eps, mask, out_dtype)
+    return torch.ops.normwise.group_norm_forward(x, num_groups, weight, bias, eps, mask, out_dtype)
+
+
+def batch_norm_training(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and for each channel mean and biased variance."""
+    if transformed():
+        y, _, stats = reference.normalize(x, reference.batch_norm_rows(x.shape), weight, bias, eps, mask=mask)
+        return y, stats.mean.squeeze(-1), stats.var.squeeze(-1)
+    if differentiated(x, weight, bias):
+        return ops.BatchNormTraining.apply(x, weight, bias, eps, mask)
+    return torch.ops.normwise.batch_norm_forward(x, weight, bias, eps, mask)
+
+
+def batch_norm_eval(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+) -> Tensor:
+    if transformed():
+        fixed = reference.fixed_statistics(running_mean, running_var, eps)
+        return reference.normalize(x, reference.batch_norm_rows(x.shape), weight, bias, eps, mask=mask, fixed=fixed).y
+    if differentiated(x, weight, bias):
+        return ops.BatchNormEval.apply(x, weight, bias, running_mean, running_var, eps, mask)
+    return torch.ops.normwise.batch_norm(x, running_mean, running_var, weight, bias, eps, mask)
+
+
+def update_running_(*args: Any) -> None:
+    with torch.no_grad():
+        (reference.update_running_ if transformed() else torch.ops.normwise.update_running_)(*args)
+
+
+def normalize(x: Tensor, rows: Rows, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Send a pattern to the norm that it is, on a permuted view; the reference computes those that are none."""
+    left, right = rows.pattern.left, set(rows.pattern.right)
+    affine = parse_axes(rows.affine, "affine")
+    kept = [i for i, item in enumerate(left) if right.issuperset(item)]
+    averaged = [i for i, item in enumerate(left) if right.isdisjoint(item)]
+    split = [i for i in range(len(left)) if i not in kept and i not in averaged]
+    order = kept + averaged
+    over_rows = not split and affine in ((), tuple(left[i] for i in averaged))
+    if over_rows and order == sorted(order):
+        return layer_norm(x, [x.shape[i] for i in averaged], weight, bias, eps)
+    channel = left.index(affine[0]) if len(affine) == 1 and affine[0] in left else (split or kept or [0])[-1]
+    per_channel = affine in ((), (left[channel],)) and channel > 0
+    if per_channel and kept == [channel] and not split:
+        return batch_norm_training(x.movedim(channel, 1), weight, bias, eps, None)[0].movedim(1, channel)
+    outer = left[channel][:-1]
+    if per_channel and kept == [0] and split in ([], [channel]) and right == {*left[0], *(outer if split else ())}:
+        groups = math.prod(rows.sizes[name] for name in outer) if split else 1
+    elif per_channel and kept == [0, channel] and not split:
+        groups = x.shape[channel]
+    elif over_rows:
+        inverse = [order.index(i) for i in range(len(order))]
+        return layer_norm(x.permute(order), [x.shape[i] for i in averaged], weight, bias, eps).permute(inverse)
+    else:
+        return reference.normalize(x, rows, weight, bias, eps, out_dtype=autocast_dtype(x)).y
+    return group_norm(x.movedim(channel, 1), groups, weight, bias, eps, None, autocast_dtype(x))[0].movedim(1, channel)
+
+
+def recomputing() -> bool:
+    """True in a forward run inside a backward pass: activation checkpointing repeating one that was counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def transformed() -> bool:
+    """True under vmap, grad, jvp and their like, and in forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """PyTorch's policy: CUDA autocast runs layer_norm, rms_norm and group_norm in float32; CPU autocast leaves them."""
+    narrow = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if narrow and torch.is_autocast_enabled("cuda") else None

@@ -1,0 +1,119 @@
+"""Put normwise's layers into a model and take them out again.
+
+Each layer subclasses its torch twin and adds no state, so a swap changes the class of the module and nothing else:
+parameters, buffers, modes, hooks, and every reference to the module stay as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .layer_norm import LayerNorm, LayerNorm2d, RMSNorm
+
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.GroupNorm: GroupNorm,
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+"""The torch layers that can be replaced, with what replaces them."""
+
+
+def replace(model: nn.Module) -> nn.Module:
+    """Turn the torch norms of a model into normwise's, in place.
+
+    `torch.nn.TransformerEncoderLayer` has a fused inference path that reads the norms' parameters and never calls them;
+    it is switched off in the layers whose norms are replaced.
+
+    Args:
+        model: Any module; it may be a norm itself.
+
+    Returns:
+        The model. Norms that could not be replaced are listed in a warning, and by :func:`skipped`.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+
+    Example:
+        >>> replace(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))[1].__class__.__module__
+        'normwise.nn.layer_norm'
+    """
+    return _swap(model, TWINS, report=True)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Turn normwise's norms back into torch's, in place: the inverse of :func:`replace`.
+
+    `LayerNorm2d` has no twin in torch and stays.
+
+    Args:
+        model: Any module; it may be a norm itself.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+    """
+    return _swap(model, {ours: theirs for theirs, ours in TWINS.items()}, report=False)
+
+
+def skipped(model: nn.Module) -> dict[str, str]:
+    """The norms of a model that :func:`replace` leaves alone.
+
+    Returns:
+        For each its name in the model, ``""`` for the model itself, and why.
+    """
+    norms = (*TWINS, nn.SyncBatchNorm, nn.LocalResponseNorm, nn.modules.batchnorm._LazyNormBase)
+    ours = (*TWINS.values(), LayerNorm2d)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, norms) and type(module) not in ours and (why := _why_not(module)):
+            found[name] = why
+    return found
+
+
+def _why_not(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.modules.batchnorm._LazyNormBase):
+        return f"{kind} is not initialized; run one batch first"
+    if isinstance(module, nn.SyncBatchNorm | nn.LocalResponseNorm):
+        return f"normwise has no {kind}"
+    if type(module) not in TWINS:
+        return f"{kind} is a subclass and may add behaviour"
+    return "its forward is patched on the instance" if "forward" in vars(module) else ""
+
+
+def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], *, report: bool) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
+    for module in model.modules():
+        if type(module) in classes and "forward" not in vars(module):
+            module.__class__ = classes[type(module)]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _set_fast_path(module)
+    left = skipped(model) if report else {}
+    if left:
+        lines = "\n".join(f"  {name or 'the model itself'}: {why}" for name, why in left.items())
+        warnings.warn(f"replace: {len(left)} norms were left as they are:\n{lines}", stacklevel=3)
+    return model
+
+
+def _set_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Allow the fused inference path only where the norms it would bypass are torch's."""
+    ours = any(type(norm) in TWINS.values() for norm in (layer.norm1, layer.norm2))
+    activation = layer.activation
+    relu = activation is torch.nn.functional.relu or isinstance(activation, nn.ReLU)
+    gelu = activation is torch.nn.functional.gelu or isinstance(activation, nn.GELU)
+    layer.activation_relu_or_gelu = 0 if ours else 1 if relu else 2 if gelu else 0
