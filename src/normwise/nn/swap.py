@@ -74,7 +74,7 @@ def skipped(model: nn.Module) -> dict[str, str]:
     Returns:
         For each its name in the model, ``""`` for the model itself, and why.
     """
-    norms = (*TWINS, nn.SyncBatchNorm, nn.LocalResponseNorm, nn.modules.batchnorm._LazyNormBase)
+    norms: tuple[type[nn.Module], ...] = (*TWINS, nn.SyncBatchNorm, nn.modules.batchnorm._LazyNormBase)
     ours = (*TWINS.values(), LayerNorm2d)
     found = {}
     for name, module in model.named_modules():
@@ -87,7 +87,7 @@ def _why_not(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.modules.batchnorm._LazyNormBase):
         return f"{kind} is not initialized; run one batch first"
-    if isinstance(module, nn.SyncBatchNorm | nn.LocalResponseNorm):
+    if isinstance(module, nn.SyncBatchNorm):
         return f"normwise has no {kind}"
     if type(module) not in TWINS:
         return f"{kind} is a subclass and may add behaviour"
