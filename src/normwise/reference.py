@@ -106,15 +106,17 @@ def valid_positions(mask: Tensor, x: Tensor) -> Tensor:
 def statistics(x: Tensor, rows: Rows, eps: float, valid: Tensor | None = None) -> Statistics:
     """Mean (zero if not centred) and biased variance of each row, over its valid values."""
     values = rows.split(x)
-    weights = values.new_ones(values.shape[-1:]) if valid is None else rows.split(valid)
-    count = weights.sum(-1, keepdim=True).clamp(min=1)
+    weights = None if valid is None else rows.split(valid)
+    count = max(values.shape[-1], 1) if weights is None else weights.sum(-1, keepdim=True).clamp(min=1)
+
+    def average(v: Tensor) -> Tensor:
+        return (v if weights is None else v * weights).sum(-1, keepdim=True) / count
+
     mean = values.new_zeros(*values.shape[:-1], 1)
     if rows.centred:
-        mean = (values * weights).sum(-1, keepdim=True) / count
-        mean = (
-            mean + ((values - mean) * weights).sum(-1, keepdim=True) / count
-        )  # its own rounding, large at high mean/std
-    var = ((values - mean).square() * weights).sum(-1, keepdim=True) / count
+        mean = average(values)
+        mean = mean + average(values - mean)  # its own rounding, large at high mean/std
+    var = average((values - mean).square())
     return Statistics(mean, var, (var + eps).rsqrt())
 
 
@@ -231,7 +233,7 @@ def update_running_(
     Returns:
         Whether a variance saturated.
     """
-    mean, var = (t.reshape(-1, running_mean.numel()) for t in (mean, var))
+    mean, var = torch.atleast_2d(mean), torch.atleast_2d(var)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None and num_batches_tracked is not None:
@@ -240,7 +242,7 @@ def update_running_(
         factor = momentum or 0.0
     n = mean.new_full((len(mean), 1), count)
     if mask is not None:
-        n = n * mask.reshape(len(mean), -1).double().mean(1, keepdim=True)
+        n = n * mask.reshape(len(mean), mask.numel() // max(len(mean), 1)).double().mean(1, keepdim=True)
     limit = torch.finfo(running_var.dtype).max
     unbiased = torch.where(n > 1, var * (n / (n - 1)), 0.0)
     for running, batch, informed in ((running_mean, mean, n > 0), (running_var, unbiased, n > 1)):

@@ -1,0 +1,197 @@
+"""The command line: one verb for each public function.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+NORMS = "batch_norm, layer_norm, rms_norm, group_norm, instance_norm"
+
+
+class Refused(click.ClickException):
+    """Bad input: one sentence on stderr, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Print the sentence."""
+        click.echo(f"normwise: {self.message}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="normwise")
+def cli() -> None:
+    """Batch Norm, Layer Norm and their relatives: compared on your batch, step by step."""
+
+
+@cli.command()
+@click.argument("batch", required=False)
+@click.option("--preset", help="A batch that comes along: worked (the default) or broken-symmetry.")
+@click.option("--key", help="Which array of a file that holds several.")
+@click.option("--norms", default="batch_norm,layer_norm", show_default=True, help=f"Some of {NORMS}; or all.")
+@click.option("--pattern", help="A norm of your own: the axes, an arrow, and those with statistics of their own.")
+@click.option(
+    "--groups", type=int, help="Groups of group_norm; by default up to 32 that leave 2 or more channels each."
+)
+@click.option("--layout", help="The axes: nc; nlc (default) or ncl; nchw (default) or nhwc; ncdhw (default) or ndhwc.")
+@click.option("--mode", default="train", show_default=True, help="train or eval (on running statistics).")
+@click.option("--steps", type=int, default=1, show_default=True, help="Training steps on this batch before eval.")
+@click.option(
+    "--momentum", type=float, default=0.1, show_default=True, help="Weight of each batch in the running statistics."
+)
+@click.option("--cell", help="The value to work out in full, as an index counted from 0: 0,2.")
+@click.option("--grad", is_flag=True, help="Show the backward pass too.")
+@click.option("--weight", help="A scale for each channel: 1,2,0.5.")
+@click.option("--bias", help="An offset for each channel: 0,1,-1.")
+@click.option(
+    "--eps", type=float, default=1e-5, show_default=True, help="Added to the variance, inside the root; may be 0."
+)
+@click.option("--dtype", help="Convert the batch first: float64, float32, bfloat16 or float16.")
+@click.option("--precision", type=click.IntRange(1, 15), default=3, show_default=True, help="Decimals of the outputs.")
+@click.option("--summary", is_flag=True, help="The table of properties instead of the numbers.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept nan and infinities.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(), help="Write one HTML file that needs nothing else; it embeds the data.")
+def compare(
+    batch: str | None, preset: str | None, key: str | None, dtype: str | None, cell: str | None, weight: str | None,
+    bias: str | None, precision: int, summary: bool, as_json: bool, html: str | None, allow_nonfinite: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Show what norms do to BATCH, side by side and step by step.
+
+    BATCH is a literal such as '[[2,4,6],[3,5,7]]', a file (.csv .json .npy .npz .safetensors .pt), - for standard
+    input, or digits for scikit-learn's digit images; without it, the worked batch. The first axis is the samples.
+    """
+    from .explain import compare as compare_batch
+    from .explain import load_batch
+
+    try:
+        loaded = load_batch(
+            batch, preset=preset, key=key, dtype=_dtype(dtype), allow_nonfinite=allow_nonfinite, stdin=sys.stdin
+        )
+        comparison = compare_batch(
+            loaded, weight=_numbers("weight", weight), bias=_numbers("bias", bias), cell=_index(cell),
+            allow_nonfinite=allow_nonfinite, **settings,
+        )  # fmt: skip
+        if html is not None:
+            _write(Path(html), comparison.to_html())
+            click.echo(f"wrote {html}; it embeds the batch", err=True)
+    except (ValueError, TypeError) as error:
+        raise Refused(str(error)) from None
+    if as_json:
+        click.echo(comparison.to_json())
+        return
+    width, color = _terminal()
+    text = comparison.to_text(width=width, precision=precision, color=color, summary=summary)
+    click.echo(_encodable(text), nl=False, color=color)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def env(as_json: bool) -> None:
+    """Show versions, threads and what runs the norms on each device."""
+    import platform
+
+    import torch
+
+    from . import __version__, backends
+
+    found = {
+        "normwise": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "backends": backends(),
+    }
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    rows = {**{k: v for k, v in found.items() if k != "backends"}, **backends()}
+    for name, value in rows.items():
+        click.echo(f"{name:9} {value}")
+
+
+def main() -> None:
+    """Run the command line; interrupted, exit with 130."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        code = 0
+    sys.exit(code)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return None
+    allowed = ("float64", "float32", "bfloat16", "float16")
+    if name not in allowed:
+        raise ValueError(f"dtype: it must be one of {', '.join(allowed)}; got {name!r}; choose one of these.")
+    return getattr(torch, name)
+
+
+def _index(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"cell: it must be whole numbers with commas; got {text!r}; write for example 0,2.") from None
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.strip("[] ").split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: it must be numbers with commas; got {text!r}; write for example 1,2,0.5.") from None
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(content)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ValueError(f"html: {path} must be writable; {error.strerror}; choose another path.") from None
+
+
+def _terminal() -> tuple[int, bool]:
+    """The width to lay text out in, and whether to colour it."""
+    import shutil
+
+    interactive = sys.stdout.isatty()
+    width = min(shutil.get_terminal_size((80, 24)).columns, 120) if interactive else 80
+    return width, interactive and not os.environ.get("NO_COLOR")
+
+
+def _encodable(text: str) -> str:
+    """Replace what the output's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = text.replace("√", "sqrt").translate(str.maketrans("▁▂▃▄▅▆▇█", "_.-:=+*#"))
+        return plain.encode(encoding, "replace").decode(encoding)
+    return text
