@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..definitions import DEFINITIONS, LAYOUTS, Pattern
 from ..nn import LayerNorm2d
+from . import labels
 from .trace import Norm, Running, frozen, running_after
 
 
@@ -109,7 +110,7 @@ def of_layer(layer: Any, x: Tensor, layout: str) -> list[Norm]:
     name, title = kind(layer), type(layer).__name__
     definition = DEFINITIONS[name]
     pattern, affine, given = definition.at(layout), definition.affine, {}
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    weight, bias = (None if p is None else p.detach() for p in (layer.weight, getattr(layer, "bias", None)))
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and not isinstance(layer, LayerNorm2d):
         checks.check_normalized_shape(title, x, layer.normalized_shape)
         kept = len(layout) - len(layer.normalized_shape)
@@ -128,8 +129,21 @@ def of_layer(layer: Any, x: Tensor, layout: str) -> list[Norm]:
         return [norm]
     running = Running(frozen(layer.running_mean), frozen(layer.running_var), layer.momentum, None)
     return [
-        replace(norm, title=f"{title}, {mode}", running=running, training=mode == "train") for mode in ("train", "eval")
+        replace(norm, title=f"{title} ({mode})", running=running, training=mode == "train") for mode in ("train", "eval")
     ]
+
+
+def layer_note(layer: Any) -> str:
+    """The parameters and the state of a layer, in a few words."""
+    parts = []
+    for name in ("weight", "bias"):
+        values = getattr(layer, name, None)
+        if values is not None:
+            low, high = (labels.short(float(v)) for v in values.detach().aminmax())
+            parts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+    if getattr(layer, "num_batches_tracked", None) is not None:
+        parts.append(f"{int(layer.num_batches_tracked)} batches tracked, momentum {layer.momentum}")
+    return f"{type(layer).__name__}: {'; '.join(parts) or 'no parameters'}"
 
 
 def with_mode(norm: Norm, x: Tensor, mode: str, steps: int, momentum: float) -> Norm:

@@ -164,6 +164,7 @@ def compare(
     chosen = choose.named(norms, values, layout, groups, eps, weight, bias, own)
     if layer is not None:
         chosen = choose.of_layer(layer, values, layout) + [n for n in chosen if n.name != choose.kind(layer)]
+    described = "" if layer is None else choose.layer_note(layer)
     chosen = [choose.with_mode(n, values, mode, steps, momentum) for n in chosen]
     where = _cell(cell, values, layout)
     dy, origin = _cotangent(grad, batch)
@@ -172,7 +173,7 @@ def compare(
         raise ValueError(traces[0].refused)
     return Comparison(
         name=batch.name,
-        notes=(*batch.notes, origin) if origin else batch.notes,
+        notes=tuple(note for note in (*batch.notes, origin, described) if note),
         x=frozen(values),
         dtype=str(values.dtype).removeprefix("torch."),
         layout=layout,

@@ -312,10 +312,15 @@ def _fewer(s: Scene) -> Iterator[Notice]:
 
 def _evaluated(s: Scene) -> Iterator[Notice]:
     """What eval() gives after a few training steps on this batch, and why it differs."""
-    for t in s.coupled:
-        if t.norm.running is None or t.norm.running.steps is None:
+    for t in s.traces:
+        if (
+            t.refused
+            or t.norm.running is None
+            or t.norm.running.steps is None
+            or replace(t.norm, training=True).refusal(s.x)
+        ):
             continue
-        y = replace(t.norm, training=False).run(s.x).y.double().numpy()
+        y, trained = (replace(t.norm, training=mode).run(s.x).y.double().numpy() for mode in (False, True))
         sample = y[s.cell[0]].reshape(-1) if y[0].size <= 4 else y[s.cell].reshape(-1)
         who = f"s{s.cell[0]}" if y[0].size <= 4 else s.name(*s.cell)
         held = 1 - (1 - s.momentum) ** s.steps
@@ -335,7 +340,7 @@ def _evaluated(s: Scene) -> Iterator[Notice]:
                 "y": tuple(float(v) for v in sample),
                 "held": held,
                 "ratio": math.sqrt((m - 1) / m),
-                "gap": float(np.abs(y - t.y).max()),
+                "gap": float(np.abs(y - trained).max()),
                 "without": labels.listed(without) if without else "",
                 "has": "has" if len(without) == 1 else "have",
             },

@@ -31,12 +31,12 @@ def side_by_side(
     *,
     inline: bool,
 ) -> Iterator[Renderable]:
-    """``left`` and each norm's array beside it: all of them, or a corner; two norms abreast, more where they fit."""
+    """``left`` and each norm's array beside it: all of it, or a corner that fits two norms abreast."""
     columns = c.x.shape[c.layout.index("c")]
     while True:
         lead = _lead(c, title, left, columns, inline)
         blocks = [_block(c, t, a, columns, precision, inline) for t, a in arrays]
-        used = len(lead[0]) + sum(len(block[0]) + 2 for block in blocks[:2])
+        used = len(lead[0]) + sum(len(block[0]) + 2 for block in blocks[: 2 if width >= 60 else 1])
         if used <= width or columns == 1:
             break
         columns = min(columns - 1, max(1, columns * width // used))
@@ -178,9 +178,11 @@ def grid(
     heading: str, titles: Sequence[str], rows: Sequence[tuple[str, list[str]]], width: int
 ) -> Iterator[Renderable]:
     """A table of words with a column for each title; for many titles, under each row the titles that share a word."""
-    if len(titles) <= 3 and width >= 60:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=width, header_style="bold")
-        table.add_column(heading, no_wrap=len(titles) <= 2)
+    first = max(len(heading), *(len(name) + 4 for name, _ in rows))
+    wide = [max(len(title), *(min(len(cells[i]), 16) for _, cells in rows)) for i, title in enumerate(titles)]
+    if first + sum(w + 2 for w in wide) <= width:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column(heading, no_wrap=True)
         for title in titles:
             table.add_column(title)
         for name, cells in rows:
