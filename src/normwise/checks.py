@@ -37,7 +37,7 @@ def check_eps(name: str, eps: float) -> None:
     Raises:
         ValueError: If it is negative or not finite.
     """
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"{name}: eps must be 0 or more and finite; got {eps}; use for example 1e-5.")
 
 
@@ -45,8 +45,14 @@ def check_normalized_shape(name: str, x: Tensor, normalized_shape: Sequence[int]
     """The last axes of ``x`` are ``normalized_shape``.
 
     Raises:
+        TypeError: If ``normalized_shape`` is a number.
         ValueError: If they are not, or ``normalized_shape`` is empty.
     """
+    if isinstance(normalized_shape, int):
+        raise TypeError(
+            f"{name}: normalized_shape must be a sequence of sizes; got {normalized_shape}; "
+            f"write ({normalized_shape},)."
+        )
     k = len(normalized_shape)
     if k == 0:
         raise ValueError(f"{name}: normalized_shape must name at least one axis; got (); use for example x.shape[-1:].")
@@ -159,6 +165,19 @@ def check_values_per_instance(name: str, x: Tensor) -> None:
         )
 
 
+def check_running_pair(name: str, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Running statistics are given both or not at all.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"{name}: running_mean and running_var must come together; {missing} is None; pass both or neither."
+        )
+
+
 def check_running(name: str, running_mean: Tensor | None, running_var: Tensor | None) -> tuple[Tensor, Tensor]:
     """Running statistics are there to normalize with.
 
@@ -199,7 +218,7 @@ def check_affine(name: str, rows: Rows, weight: Tensor | None, bias: Tensor | No
                 f"{name}: affine axes must stand in the pattern; {axis!r} does not in {str(rows.pattern)!r}; "
                 f"choose from {' '.join(rows.sizes)}."
             )
-    return tuple(math.prod(rows.sizes[axis] for axis in item) for item in items)
+    return tuple(math.prod([rows.sizes[axis] for axis in item]) for item in items)
 
 
 def _shape(x: Tensor) -> str:

@@ -105,13 +105,19 @@ class Pattern:
         """The length of every axis of an input of this shape; ``given`` fixes the parts of split axes.
 
         Raises:
-            ValueError: If the shape does not fit the pattern, or a split axis cannot be resolved.
+            ValueError: If the shape does not fit the pattern, a split axis cannot be resolved, or a name is no axis.
         """
         pattern = self.expand(len(shape))
+        strange = [name for name in given if name not in pattern.names]
+        if strange:
+            raise ValueError(
+                f"pattern: sizes must name axes of the pattern; {strange[0]!r} is none of {str(pattern)!r}; "
+                f"choose from {' '.join(pattern.names)}."
+            )
         found: dict[str, int] = {}
         for item, length in zip(pattern.left, shape, strict=True):
             unknown = [name for name in item if name not in given]
-            known = math.prod(given[name] for name in item if name in given)
+            known = math.prod([given[name] for name in item if name in given])
             if len(unknown) > 1:
                 raise ValueError(
                     f"pattern: the parts of ({' '.join(item)}) must be known; only its product {length} is; "
@@ -128,7 +134,7 @@ class Pattern:
 
     def values_per_statistic(self, sizes: Mapping[str, int]) -> int:
         """How many values each mean and variance is taken over."""
-        return math.prod(sizes[name] for name in self.names if name not in self.right)
+        return math.prod([sizes[name] for name in self.names if name not in self.right])
 
     def __str__(self) -> str:
         return f"{format_axes(self.left)} -> {' '.join(self.right)}".strip()

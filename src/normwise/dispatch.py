@@ -112,7 +112,7 @@ def normalize(x: Tensor, rows: Rows, weight: Tensor | None, bias: Tensor | None,
         return batch_norm_training(x.movedim(channel, 1), weight, bias, eps, None)[0].movedim(1, channel)
     outer = left[channel][:-1]
     if per_channel and kept == [0] and split in ([], [channel]) and right == {*left[0], *(outer if split else ())}:
-        groups = math.prod(rows.sizes[name] for name in outer) if split else 1
+        groups = math.prod([rows.sizes[name] for name in outer]) if split else 1
     elif per_channel and kept == [0, channel] and not split:
         groups = x.shape[channel]
     elif over_rows:

@@ -32,7 +32,7 @@ def layer_norm(
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``; pattern ``... c -> ...``.
 
     Args:
-        x: (..., *normalized_shape), any floating-point type; jagged nested tensors too.
+        x: (..., *normalized_shape), any floating-point type; nested tensors too.
         normalized_shape: The sizes of the last axes, over which mean and variance are taken.
         weight: normalized_shape, or None for 1.
         bias: normalized_shape, or None for 0.
@@ -57,13 +57,13 @@ def layer_norm(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(layer_norm, (x,), x, normalized_shape, weight, bias, eps)
-    if _is_jagged(x):
-        return _on_values(layer_norm, x, normalized_shape, weight, bias, eps)
+    if isinstance(x, Tensor) and x.is_nested:
+        return _on_nested(layer_norm, x, normalized_shape, weight, bias, eps)
     checks.check_input("layer_norm", x)
     checks.check_eps("layer_norm", eps)
     checks.check_normalized_shape("layer_norm", x, normalized_shape)
     checks.check_parameters("layer_norm", x, normalized_shape, weight=weight, bias=bias)
-    return dispatch.layer_norm(x, normalized_shape, weight, bias, eps)
+    return _viewable(dispatch.layer_norm(x, normalized_shape, weight, bias, eps))
 
 
 def rms_norm(
@@ -74,7 +74,7 @@ def rms_norm(
     ``y = x / sqrt(mean(x²) + eps) * weight``; pattern ``... c -> ...``.
 
     Args:
-        x: (..., *normalized_shape), any floating-point type; jagged nested tensors too.
+        x: (..., *normalized_shape), any floating-point type; nested tensors too.
         normalized_shape: The sizes of the last axes, over which the mean square is taken.
         weight: normalized_shape, or None for 1.
         eps: Added to the mean square, inside the root; None for the machine epsilon of float32 (of float64 for
@@ -99,15 +99,15 @@ def rms_norm(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(rms_norm, (x,), x, normalized_shape, weight, eps)
-    if _is_jagged(x):
-        return _on_values(rms_norm, x, normalized_shape, weight, eps)
+    if isinstance(x, Tensor) and x.is_nested:
+        return _on_nested(rms_norm, x, normalized_shape, weight, eps)
     checks.check_input("rms_norm", x)
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     checks.check_eps("rms_norm", eps)
     checks.check_normalized_shape("rms_norm", x, normalized_shape)
     checks.check_parameters("rms_norm", x, normalized_shape, weight=weight)
-    return dispatch.rms_norm(x, normalized_shape, weight, eps)
+    return _viewable(dispatch.rms_norm(x, normalized_shape, weight, eps))
 
 
 def group_norm(
@@ -157,7 +157,7 @@ def group_norm(
     checks.check_parameters("group_norm", x, x.shape[1:2], weight=weight, bias=bias)
     checks.check_mask("group_norm", x, mask)
     checks.check_values_per_group("group_norm", x, num_groups)
-    return dispatch.group_norm(x, num_groups, weight, bias, eps, mask, dispatch.autocast_dtype(x))[0]
+    return _viewable(dispatch.group_norm(x, num_groups, weight, bias, eps, mask, dispatch.autocast_dtype(x))[0])
 
 
 def instance_norm(
@@ -215,16 +215,17 @@ def instance_norm(
     checks.check_parameters(
         "instance_norm", x, x.shape[1:2], weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
+    checks.check_running_pair("instance_norm", running_mean, running_var)
     checks.check_mask("instance_norm", x, mask)
     if not use_input_stats:
         mean, var = checks.check_running("instance_norm", running_mean, running_var)
-        return dispatch.batch_norm_eval(x, mean, var, weight, bias, eps, mask)
+        return _viewable(dispatch.batch_norm_eval(x, mean, var, weight, bias, eps, mask))
     checks.check_values_per_instance("instance_norm", x)
     y, mean, rstd = dispatch.group_norm(x, x.shape[1], weight, bias, eps, mask, None)
     if running_mean is not None and running_var is not None and not dispatch.recomputing():
         var = (rstd.square().reciprocal() - eps).clamp(min=0)
         dispatch.update_running_(running_mean, running_var, None, mean, var, math.prod(x.shape[2:]), momentum, mask)
-    return y
+    return _viewable(y)
 
 
 def batch_norm(
@@ -298,16 +299,17 @@ def batch_norm(
     checks.check_parameters(
         "batch_norm", x, x.shape[1:2], weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
+    checks.check_running_pair("batch_norm", running_mean, running_var)
     checks.check_mask("batch_norm", x, mask)
     if not training:
         mean, var = checks.check_running("batch_norm", running_mean, running_var)
-        return dispatch.batch_norm_eval(x, mean, var, weight, bias, eps, mask)
+        return _viewable(dispatch.batch_norm_eval(x, mean, var, weight, bias, eps, mask))
     checks.check_values_per_channel("batch_norm", x, mask)
     y, mean, var = dispatch.batch_norm_training(x, weight, bias, eps, mask)
     if running_mean is not None and running_var is not None and not dispatch.recomputing():
         count = x.shape[0] * math.prod(x.shape[2:])
         dispatch.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
-    return y
+    return _viewable(y)
 
 
 def normalize(
@@ -361,12 +363,17 @@ def normalize(
     return dispatch.normalize(x, rows, weight, bias, eps)
 
 
-def _is_jagged(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged
+def _viewable(y: Tensor) -> Tensor:
+    """PyTorch's layout: channels_last stays, any other permutation is undone, so that ``y.view`` works as there."""
+    if y.is_contiguous() or dispatch.transformed() or y.is_contiguous(memory_format=torch.channels_last):
+        return y
+    return y if y.is_contiguous(memory_format=torch.channels_last_3d) else y.contiguous()
 
 
-def _on_values(norm: Callable[..., Tensor], x: Any, normalized_shape: Sequence[int], *args: Any) -> Tensor:
-    """Normalize the packed values of a jagged nested tensor, whose last axes are regular."""
+def _on_nested(norm: Callable[..., Tensor], x: Any, normalized_shape: Sequence[int], *args: Any) -> Tensor:
+    """Normalize a nested tensor, whose last axes are regular: its packed values if it is jagged, else each example."""
+    if x.layout == torch.strided:
+        return torch.nested.as_nested_tensor([norm(example, normalized_shape, *args) for example in x.unbind()])
     if len(normalized_shape) > x.dim() - 2:
         raise ValueError(
             f"{norm.__name__}: only the regular axes of a jagged tensor can be normalized; x is {tuple(x.shape)} and "

@@ -233,7 +233,7 @@ def update_running_(
     Returns:
         Whether a variance saturated.
     """
-    mean, var = torch.atleast_2d(mean), torch.atleast_2d(var)
+    mean, var = torch.atleast_2d(mean.detach()), torch.atleast_2d(var.detach())
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None and num_batches_tracked is not None:

@@ -48,7 +48,7 @@ def replace(model: nn.Module) -> nn.Module:
         >>> replace(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))[1].__class__.__module__
         'normwise.nn.layer_norm'
     """
-    return _swap(model, TWINS, report=True)
+    return _swap("replace", model, TWINS)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -65,7 +65,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: If ``model`` is no module.
     """
-    return _swap(model, {ours: theirs for theirs, ours in TWINS.items()}, report=False)
+    return _swap("restore", model, {ours: theirs for theirs, ours in TWINS.items()})
 
 
 def skipped(model: nn.Module) -> dict[str, str]:
@@ -94,26 +94,28 @@ def _why_not(module: nn.Module) -> str:
     return "its forward is patched on the instance" if "forward" in vars(module) else ""
 
 
-def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], *, report: bool) -> nn.Module:
+def _swap(verb: str, model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"replace: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
-    for module in model.modules():
-        if type(module) in classes and "forward" not in vars(module):
-            module.__class__ = classes[type(module)]
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            _set_fast_path(module)
-    left = skipped(model) if report else {}
+        raise TypeError(f"{verb}: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
+    swapped = [m for m in model.modules() if type(m) in classes and "forward" not in vars(m)]
+    for norm in swapped:
+        norm.__class__ = classes[type(norm)]
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            _set_fast_path(layer, swapped)
+    left = skipped(model) if verb == "replace" else {}
     if left:
         lines = "\n".join(f"  {name or 'the model itself'}: {why}" for name, why in left.items())
         warnings.warn(f"replace: {len(left)} norms were left as they are:\n{lines}", stacklevel=3)
     return model
 
 
-def _set_fast_path(layer: nn.TransformerEncoderLayer) -> None:
-    """Allow the fused inference path only where the norms it would bypass are torch's."""
-    ours = any(type(norm) in TWINS.values() for norm in (layer.norm1, layer.norm2))
-    activation = layer.activation
-    relu = activation is torch.nn.functional.relu or isinstance(activation, nn.ReLU)
-    gelu = activation is torch.nn.functional.gelu or isinstance(activation, nn.GELU)
-    layer.activation_relu_or_gelu = 0 if ours else 1 if relu else 2 if gelu else 0
+def _set_fast_path(layer: nn.TransformerEncoderLayer, swapped: list[nn.Module]) -> None:
+    """Forbid the fused inference path where it would bypass our norms; allow it again where torch's are put back."""
+    norms, activation = (layer.norm1, layer.norm2), layer.activation
+    if any(type(norm) in TWINS.values() for norm in norms):
+        layer.activation_relu_or_gelu = 0
+    elif any(norm in swapped for norm in norms):
+        relu = activation is torch.nn.functional.relu or isinstance(activation, nn.ReLU)
+        gelu = activation is torch.nn.functional.gelu or isinstance(activation, nn.GELU)
+        layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
