@@ -699,3 +699,15 @@ def test_the_reference_agrees_with_the_functions(norm: str):
     case = cases.BY_NAME[norm]
     parameters = case.parameters(x)
     torch.testing.assert_close(case(x, *parameters, dy)[:4], case.truth(x, *parameters, dy)[:4], rtol=1e-13, atol=1e-13)
+
+
+def test_no_channels_give_an_empty_result():
+    x = torch.zeros(2, 0, 5, requires_grad=True)
+    y = nf.instance_norm(x)
+    y.backward(torch.zeros_like(y))
+    assert y.shape == x.grad.shape == (2, 0, 5)
+
+
+def test_results_under_a_transform_can_be_viewed_as_torchs_can():
+    x = torch.randn(3, 4, 5, 6)
+    assert torch.func.vmap(lambda t: nf.batch_norm(t, None, None, training=True).view(-1))(x).shape == (3, 120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -394,6 +395,7 @@ def test_compiled_layers(name: str, training: bool):
         torch.testing.assert_close(dict(other.named_buffers()), dict(eager.named_buffers()))
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_compiled_by_inductor():
     """A block with everything in it, from two layouts to a running statistic."""
 

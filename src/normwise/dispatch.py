@@ -8,8 +8,8 @@ those of `functional`, already checked.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,9 +90,28 @@ def batch_norm_eval(
     return torch.ops.normwise.batch_norm(x, running_mean, running_var, weight, bias, eps, mask)
 
 
-def update_running_(*args: Any) -> None:
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+    mask: Tensor | None,
+) -> None:
+    """Move running statistics, and warn where a variance is cut to what its type can hold."""
+    update = reference.update_running_ if transformed() else torch.ops.normwise.update_running_
     with torch.no_grad():
-        (reference.update_running_ if transformed() else torch.ops.normwise.update_running_)(*args)
+        update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
+    limit = torch.finfo(running_var.dtype).max
+    visible = type(var) is Tensor and var.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
+    if visible and count > 1 and bool((var > limit * ((count - 1) / count)).any()):
+        warnings.warn(
+            f"batch_norm: running_var must fit its type; this batch's variance exceeds {limit:.3g} and was cut to it; "
+            "scale the input down or keep running statistics in a wider type.",
+            stacklevel=3,
+        )
 
 
 def normalize(x: Tensor, rows: Rows, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -221,7 +221,7 @@ def instance_norm(
         mean, var = checks.check_running("instance_norm", running_mean, running_var)
         return _viewable(dispatch.batch_norm_eval(x, mean, var, weight, bias, eps, mask))
     checks.check_values_per_instance("instance_norm", x)
-    y, mean, rstd = dispatch.group_norm(x, x.shape[1], weight, bias, eps, mask, None)
+    y, mean, rstd = dispatch.group_norm(x, max(x.shape[1], 1), weight, bias, eps, mask, None)
     if running_mean is not None and running_var is not None and not dispatch.recomputing():
         var = (rstd.square().reciprocal() - eps).clamp(min=0)
         dispatch.update_running_(running_mean, running_var, None, mean, var, math.prod(x.shape[2:]), momentum, mask)
@@ -365,7 +365,9 @@ def normalize(
 
 def _viewable(y: Tensor) -> Tensor:
     """PyTorch's layout: channels_last stays, any other permutation is undone, so that ``y.view`` works as there."""
-    if y.is_contiguous() or dispatch.transformed() or y.is_contiguous(memory_format=torch.channels_last):
+    if dispatch.transformed():
+        return y.contiguous()
+    if y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last):
         return y
     return y if y.is_contiguous(memory_format=torch.channels_last_3d) else y.contiguous()
 

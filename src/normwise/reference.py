@@ -214,7 +214,7 @@ def update_running_(
     count: int,
     momentum: float | None,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """Move running statistics towards one batch's: ``running = (1 - momentum) * running + momentum * batch``.
 
     The mean is the batch's, the variance its unbiased one. A batch without values, or with one, which has no variance,
@@ -229,9 +229,6 @@ def update_running_(
         count: Values behind each of them, valid or not.
         momentum: The weight of this batch; None for the average of all batches so far.
         mask: The valid positions among them, (N) or (N, positions).
-
-    Returns:
-        Whether a variance saturated.
     """
     mean, var = torch.atleast_2d(mean.detach()), torch.atleast_2d(var.detach())
     if num_batches_tracked is not None:
@@ -249,4 +246,3 @@ def update_running_(
         average = torch.where(informed, batch, 0.0).sum(0) / informed.sum().clamp(min=1)
         moved = (1 - factor) * running.double() + factor * average.clamp(max=limit)
         running.copy_(torch.where(informed.any(), moved, running.double()))
-    return (unbiased > limit).any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,13 +70,7 @@ def _update_running_(
     momentum: float | None,
     mask: Tensor | None,
 ) -> None:
-    if reference.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask):
-        limit = torch.finfo(running_var.dtype).max
-        warnings.warn(
-            f"batch_norm: running_var must fit its type; this batch's variance exceeds {limit:.3g} and was cut to it; "
-            "scale the input down or keep running statistics in a wider type.",
-            stacklevel=2,
-        )
+    reference.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
 
 
 def _fake_batch_norm_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
