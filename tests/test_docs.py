@@ -313,3 +313,8 @@ def test_jit_and_export() -> None:
         torch.jit.trace(layer, value)
     exported = torch.export.export(layer, (value,))
     assert any("normwise.layer_norm" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_the_readme_shows_the_first_screen() -> None:
+    screen = (ROOT / "tests" / "first_screen.txt").read_text().strip()
+    assert screen in (ROOT / "README.md").read_text()

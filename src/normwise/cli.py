@@ -17,16 +17,6 @@ import click
 NORMS = "batch_norm, layer_norm, rms_norm, group_norm, instance_norm"
 
 
-class Refused(click.ClickException):
-    """Bad input: one sentence on stderr, exit code 2."""
-
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        """Print the sentence."""
-        click.echo(f"normwise: {self.message}", err=True)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="normwise")
 def cli() -> None:
@@ -37,7 +27,7 @@ def cli() -> None:
 @click.argument("batch", required=False)
 @click.option("--preset", help="A batch that comes along: worked (the default) or broken-symmetry.")
 @click.option("--key", help="Which array of a file that holds several.")
-@click.option("--norms", default="batch_norm,layer_norm", show_default=True, help=f"Some of {NORMS}; or all.")
+@click.option("--norms", help=f"Some of {NORMS}; or all.  [default: batch_norm,layer_norm]")
 @click.option("--pattern", help="A norm of your own: the axes, an arrow, and those with statistics of their own.")
 @click.option(
     "--groups", type=int, help="Groups of group_norm; by default up to 32 that leave 2 or more channels each."
@@ -64,7 +54,7 @@ def cli() -> None:
 def compare(
     batch: str | None, preset: str | None, key: str | None, dtype: str | None, cell: str | None, weight: str | None,
     bias: str | None, precision: int, summary: bool, as_json: bool, html: str | None, allow_nonfinite: bool,
-    **settings: Any,
+    norms: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Show what norms do to BATCH, side by side and step by step.
 
@@ -74,6 +64,8 @@ def compare(
     from .explain import compare as compare_batch
     from .explain import load_batch
 
+    if norms is not None:
+        settings["norms"] = norms
     try:
         loaded = load_batch(
             batch, preset=preset, key=key, dtype=_dtype(dtype), allow_nonfinite=allow_nonfinite, stdin=sys.stdin
@@ -86,7 +78,7 @@ def compare(
             _write(Path(html), comparison.to_html())
             click.echo(f"wrote {html}; it embeds the batch", err=True)
     except (ValueError, TypeError) as error:
-        raise Refused(str(error)) from None
+        raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(comparison.to_json())
         return
@@ -122,18 +114,40 @@ def env(as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; interrupted, exit with 130."""
+    """Run the command line: what goes wrong is one sentence on stderr; interrupted, exit with 130."""
+    code, wrong = 0, ""
     try:
-        code = cli.main(standalone_mode=False)
+        cli.main(prog_name="normwise", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except click.UsageError as error:
+        code, wrong = 2, _usage(error)
     except click.ClickException as error:
-        error.show()
-        code = 2
+        code, wrong = 2, error.format_message()
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
-        code = 0
+    except (BrokenPipeError, SystemExit):  # the reader left, there is nothing to say; click may have met it first
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        code, wrong = 2, f"standard output: it must be writable; {error.strerror}; write elsewhere."
+    if wrong:
+        click.echo(f"normwise: {wrong}", err=True)
     sys.exit(code)
+
+
+def _usage(error: click.UsageError) -> str:
+    """What is wrong with the command line, in one sentence; without a command, the help."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        click.echo(error.format_message(), err=True)
+        return ""
+    command = error.ctx.command_path if error.ctx else "normwise"
+    return f"{error.format_message().rstrip('.')}; see {command} --help."
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, so that Python does not try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dtype(name: str | None) -> Any:
@@ -162,33 +176,44 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
 
 
 def _write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; a device or a pipe is written to as it is."""
+    data = content.encode("utf-8", "replace")
+    target = Path(os.path.realpath(path))
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except OSError:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
             os.unlink(temporary)
             raise
     except OSError as error:
         raise ValueError(f"html: {path} must be writable; {error.strerror}; choose another path.") from None
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _terminal() -> tuple[int, bool]:
     """The width to lay text out in, and whether to colour it."""
     import shutil
 
-    interactive = sys.stdout.isatty()
+    interactive = sys.stdout is not None and sys.stdout.isatty()
     width = min(shutil.get_terminal_size((80, 24)).columns, 120) if interactive else 80
-    return width, interactive and not os.environ.get("NO_COLOR")
+    return width, interactive and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _encodable(text: str) -> str:
     """Replace what the output's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..definitions import Pattern
 from . import choose
 from .load import Batch, as_batch, load_batch
-from .notice import Notice, notices
+from .notice import notices
 from .peer import Peer, torch_peers
-from .trace import Array, Trace, frozen, trace
-
-SCHEMA = "normwise.comparison"
-SCHEMA_VERSION = 1
-JSON_VALUES = 4096  # longer arrays are cut to their corner
+from .scene import Notice
+from .trace import Array, Trace, frozen, running_after, trace
 
 WORKED_DY = ((1, -1, 2), (0, 3, -2), (-1, 1, 0), (2, 0, 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """What :func:`compare` found; immutable. Print it, or use ``to_text``, ``to_json``, ``to_html``.
 
@@ -63,33 +59,15 @@ class Comparison:
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """The comparison as JSON; ``schema`` and ``version`` name its form, nan and infinities are strings."""
-        return json.dumps(_plain(self._data()), indent=indent, allow_nan=False)
+        from . import record
+
+        return record.render(self, indent=indent)
 
     def to_html(self) -> str:
         """One self-contained HTML document; it embeds the data."""
         from . import html
 
         return html.render(self)
-
-    def _data(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "version": SCHEMA_VERSION,
-            "batch": {
-                "name": self.name,
-                "notes": self.notes,
-                "shape": self.x.shape,
-                "layout": self.layout,
-                "dtype": self.dtype,
-                "feature_names": self.feature_names,
-                "values": _corner(self.x),
-            },
-            "mode": self.mode,
-            "cell": self.cell,
-            "norms": [_trace_data(t) for t in self.traces],
-            "notices": [{"kind": n.kind, "text": n.text(6), "values": n.values} for n in self.notices],
-            "peers": [{"layer": p.layer, "norm": p.norm, "largest_difference": p.difference} for p in self.peers],
-        }
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from . import html
@@ -102,9 +80,10 @@ class Comparison:
     __repr__ = __str__
 
 
+@np.errstate(all="ignore")  # what overflows or is 0 / 0 is shown, not warned of
 def compare(
     x: Any = None,
-    norms: Sequence[str] | str = ("batch_norm", "layer_norm"),
+    norms: Sequence[str] | str = choose.DEFAULT,
     *,
     layer: nn.Module | None = None,
     pattern: str | None = None,
@@ -159,31 +138,39 @@ def compare(
     batch = _batch(x, dtype, allow_nonfinite)
     values = batch.values
     _check_settings(mode, steps, momentum, eps)
-    own = None if pattern is None else Pattern.parse(pattern).expand(values.dim())
-    layout = choose.layout(values, layout, own, layer)
-    chosen = choose.named(norms, values, layout, groups, eps, weight, bias, own)
+    read, own = choose.axes(values, layout, pattern, layer)
+    chosen = choose.named(norms, values, read, groups, eps, weight, bias, own)
     if layer is not None:
-        chosen = choose.of_layer(layer, values, layout) + [n for n in chosen if n.name != choose.kind(layer)]
-    described = "" if layer is None else choose.layer_note(layer)
-    chosen = [choose.with_mode(n, values, mode, steps, momentum) for n in chosen]
-    where = _cell(cell, values, layout)
+        chosen = choose.of_layer(layer, values, read) + [n for n in chosen if n.name != choose.kind(layer)]
+    if not chosen:
+        raise ValueError("norms: there must be at least one; got none; write for example 'all'.")
+    described = () if layer is None else (choose.layer_note(layer),)
+    where = _cell(cell, values, read)
     dy, origin = _cotangent(grad, batch)
-    traces = tuple(trace(values, n, dy) for n in chosen)
+    traces = tuple(_remembering(trace(values, n, dy), values, dy, mode, steps, momentum) for n in chosen)
     if all(t.refused for t in traces):
         raise ValueError(traces[0].refused)
     return Comparison(
         name=batch.name,
-        notes=tuple(note for note in (*batch.notes, origin, described) if note),
+        notes=(*batch.notes, *origin, *described),
         x=frozen(values),
         dtype=str(values.dtype).removeprefix("torch."),
-        layout=layout,
+        layout=read,
         mode=mode,
         traces=traces,
         cell=where,
-        notices=notices(values, batch.name, layout, traces, where, steps, momentum),
-        peers=torch_peers(values, layout, traces),
+        notices=notices(values, batch.name, read, traces, where, steps, momentum),
+        peers=torch_peers(values, read, traces),
         feature_names=batch.feature_names,
     )
+
+
+def _remembering(t: Trace, x: Tensor, dy: Tensor | None, mode: str, steps: int, momentum: float) -> Trace:
+    """Give a norm that averages the batch away the running statistics of a fresh layer, and look at it in its mode."""
+    if not (t.norm.fresh and t.norm.pattern.averages_batch):
+        return t
+    norm = replace(t.norm, running=running_after(t, steps, momentum), training=mode == "train")
+    return replace(t, norm=norm) if norm.training else trace(x, norm, dy)
 
 
 def _check_settings(mode: str, steps: int, momentum: float, eps: float) -> None:
@@ -207,25 +194,28 @@ def _batch(x: Any, dtype: torch.dtype | None, allow_nonfinite: bool) -> Batch:
     return as_batch(x, "batch", (), dtype, allow_nonfinite)
 
 
-def _cotangent(grad: Any, batch: Batch) -> tuple[Tensor | None, str]:
-    """The gradient of some loss with respect to y, and where it comes from."""
+def _cotangent(grad: Any, batch: Batch) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The gradient of some loss with respect to y, and a note where it comes from."""
     x = batch.values
     if grad is False or grad is None:
-        return None, ""
+        return None, ()
     if grad is not True:
         dy = torch.as_tensor(grad, dtype=x.dtype)
         if dy.shape != x.shape:
             raise ValueError(f"grad: it must have the shape of x {tuple(x.shape)}; got {tuple(dy.shape)}; reshape it.")
-        return dy, "dy as given"
+        return dy, ("dy as given",)
     if x.shape == (4, 3):
-        return torch.tensor(WORKED_DY, dtype=x.dtype), "dy is the worked example's"
+        return torch.tensor(WORKED_DY, dtype=x.dtype), ("dy is the worked example's",)
     generator = torch.Generator().manual_seed(0)
     dy = torch.empty(x.shape, dtype=torch.float64).normal_(0.5, 1.0, generator=generator)
-    return dy.to(x.dtype), "dy is drawn from a normal distribution, mean 0.5, sd 1, seed 0"
+    return dy.to(x.dtype), ("dy is drawn from a normal distribution, mean 0.5, sd 1, seed 0",)
 
 
 def _cell(cell: Sequence[int] | None, x: Tensor, layout: str) -> tuple[int, ...]:
-    where = _telling_cell(x, layout) if cell is None else tuple(cell)
+    try:
+        where = _telling_cell(x, layout) if cell is None else tuple(operator.index(i) for i in cell)
+    except TypeError:
+        raise TypeError(f"cell: it must be whole numbers; got {cell!r}; write for example (0, 2).") from None
     if len(where) != x.dim() or any(not 0 <= i < n for i, n in zip(where, x.shape, strict=True)):
         raise ValueError(
             f"cell: it must be an index into {tuple(x.shape)}, counted from 0; got {','.join(map(str, where))}; "
@@ -242,47 +232,3 @@ def _telling_cell(x: Tensor, layout: str) -> tuple[int, ...]:
     where = [0] * x.dim()
     where[channel] = int(live[0]) if len(live) else 0
     return tuple(where)
-
-
-def _trace_data(t: Trace) -> dict[str, Any]:
-    norm, backward = t.norm, t.backward
-    return {
-        "name": norm.name,
-        "title": norm.title,
-        "pattern": str(norm.pattern),
-        "affine": norm.affine,
-        "centred": norm.centred,
-        "training": not norm.uses_running,
-        "eps": norm.eps,
-        "sizes": t.sizes,
-        "facts": vars(t.facts),
-        "refused": t.refused or None,
-        "weight": None if norm.weight is None else frozen(norm.weight),
-        "bias": None if norm.bias is None else frozen(norm.bias),
-        "running": None if norm.running is None else vars(norm.running),
-        "statistics": None if t.refused else {k: _corner(getattr(t, k)) for k in ("mean", "var", "rstd")},
-        "xhat": None if t.refused else _corner(t.xhat),
-        "y": None if t.refused else _corner(t.y),
-        "backward": None if backward is None else {k: _corner(v) for k, v in vars(backward).items()},
-    }
-
-
-def _corner(array: Array) -> Any:
-    """The values of a small array; of a large one its shape and the first values of each axis."""
-    if array.size <= JSON_VALUES:
-        return array
-    keep = max(1, int(JSON_VALUES ** (1 / array.ndim)) // 8)
-    return {"shape": array.shape, "corner": array[tuple(slice(keep) for _ in array.shape)]}
-
-
-def _plain(data: Any) -> Any:
-    """Arrays to lists, mappings to objects, nan and infinities to strings."""
-    if isinstance(data, np.ndarray):
-        return _plain(data.tolist())
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_plain(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
-    return data

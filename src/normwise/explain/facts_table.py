@@ -1,4 +1,4 @@
-"""The properties of the chosen norms as rows of text: derived from their patterns, or observed on the batch."""
+"""The properties of the chosen norms as rows of text: derived from their patterns."""
 
 from __future__ import annotations
 
@@ -13,32 +13,49 @@ if TYPE_CHECKING:
     from .comparison import Comparison
 
 Row = tuple[str, list[str]]
+Rows = tuple[list[str], list[Row]]
 
 
-def property_rows(c: Comparison) -> list[Row]:
-    """What follows from averaging the batch axis away, or not."""
+def property_rows(c: Comparison) -> Rows:
+    """The titles, and what follows from averaging the batch axis away or not."""
+    found = _once(c)
     example = "(1, " + ", ".join(str(n) for n in c.x.shape[1:]) + ")"
-    return [
-        ("output depends on the other samples", [_depends(t) for t in c.traces]),
-        (f"trains on a single {example} example", [_yes(_trains_alone(t)) for t in c.traces]),
-        ("needs running statistics at inference", [_yes(t.facts.needs_running_statistics) for t in c.traces]),
-        ("data-parallel must communicate for exactness", [_yes(t.facts.communicates) for t in c.traces]),
+    return _titles(found), [
+        ("output depends on the other samples", [_depends(t) for t in found]),
+        (f"trains on a single {example} example", [_yes(_trains_alone(c, t)) for t in found]),
+        ("needs running statistics at inference", [_running(t) for t in found]),
+        ("data-parallel must communicate for exactness", [_yes(t.facts.communicates) for t in found]),
     ]
 
 
-def summary_rows(c: Comparison) -> list[Row]:
-    """The summary table; all rows but the last are derived from the pattern."""
-    return [
-        ("pattern", [str(t.norm.pattern) for t in c.traces]),
-        ("normalizes across", [_across(c, t) for t in c.traces]),
-        ("depends on the other examples", [_depends(t) for t in c.traces]),
-        ("trains on one value per channel", [_yes(t.facts.trains_on_one_value_per_channel) for t in c.traces]),
-        ("values per statistic, m", [str(t.facts.values_per_statistic) for t in c.traces]),
-        ("relative error of its variance", [_error(t) for t in c.traces]),
-        ("needs running statistics at inference", [_yes(t.facts.needs_running_statistics) for t in c.traces]),
-        ("communicates in data-parallel training", [_yes(t.facts.communicates) for t in c.traces]),
-        ("commonly used in", [d.used_in if (d := DEFINITIONS.get(t.norm.name)) else "" for t in c.traces]),
+def summary_rows(c: Comparison) -> Rows:
+    """The titles and the summary table; all rows but the last are derived from the pattern."""
+    found = _once(c)
+    root = "√(2/(m-1))" if any(t.norm.centred for t in found) else "√(2/m)"
+    return _titles(found), [
+        ("pattern", [str(t.norm.pattern) for t in found]),
+        ("normalizes across", [labels.averaged(t.norm.pattern, c.layout) for t in found]),
+        ("depends on the other examples", [_depends(t) for t in found]),
+        ("trains on one value per channel", [_yes(t.facts.trains_on_one_value_per_channel) for t in found]),
+        ("values per statistic, m", [str(t.facts.values_per_statistic) for t in found]),
+        (f"its relative error, {root}", [_error(t, root) for t in found]),
+        ("needs running statistics at inference", [_running(t) for t in found]),
+        ("communicates in data-parallel training", [_yes(t.facts.communicates) for t in found]),
+        ("commonly used in", [d.used_in if (d := DEFINITIONS.get(t.norm.name)) else "" for t in found]),
     ]
+
+
+def _once(c: Comparison) -> list[Trace]:
+    """A layer that is shown in training and in eval counts once."""
+    return [
+        t
+        for i, t in enumerate(c.traces)
+        if not (i and t.norm.uses_running and c.traces[i - 1].norm.running is t.norm.running)
+    ]
+
+
+def _titles(found: list[Trace]) -> list[str]:
+    return [t.norm.title.removesuffix(" (train)") for t in found]
 
 
 def _yes(fact: bool) -> str:
@@ -49,18 +66,21 @@ def _depends(t: Trace) -> str:
     return "in training" if t.facts.depends_on_other_examples else "never"
 
 
-def _trains_alone(t: Trace) -> bool:
-    """A batch of one has a variance to train on."""
-    left = t.norm.pattern.values_per_statistic({**t.sizes, t.norm.pattern.batch: 1})
-    return left > 1 or t.facts.trains_on_one_value_per_channel
+def _running(t: Trace) -> str:
+    """A layer may keep what its norm does not need."""
+    kept = t.norm.running is not None and t.norm.running.steps is None and not t.facts.needs_running_statistics
+    return "no, but uses them" if kept else _yes(t.facts.needs_running_statistics)
 
 
-def _across(c: Comparison, t: Trace) -> str:
-    words = [labels.axis_word(c.layout, axis, 2) for axis in t.facts.normalizes_across]
-    return labels.listed(words) if words else "nothing"
+def _trains_alone(c: Comparison, t: Trace) -> bool:
+    """A batch of one has a variance to train on, or needs none."""
+    sizes = {**t.sizes, t.norm.pattern.batch: 1}
+    many = t.norm.pattern.values_per_statistic(sizes) > 1
+    return many or (t.facts.trains_on_one_value_per_channel and t.norm.name != "group_norm")
 
 
-def _error(t: Trace) -> str:
-    error = t.facts.statistic_error
-    root = "√(2/(m-1))" if t.norm.centred else "√(2/m)"
-    return "no variance" if math.isinf(error) else f"{root} = {error:.1%}"
+def _error(t: Trace, root: str) -> str:
+    own = "√(2/(m-1))" if t.norm.centred else "√(2/m)"
+    if math.isinf(t.facts.statistic_error):
+        return "no variance"
+    return f"{t.facts.statistic_error:.1%}" + ("" if own == root else f", {own}")

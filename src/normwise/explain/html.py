@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import labels, table
+from . import cell, header, labels, record, table
 from .facts_table import summary_rows
 from .trace import Array, Trace
 
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from .comparison import Comparison
 
 ROWS, COLUMNS = 16, 12  # a larger batch shows this corner
+WIDTH = 100  # of the steps of one number
 
 STYLE = """
 .nw { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 72rem; }
 .nw h1 { font-size: 1.5rem; margin: 0 0 .2rem } .nw h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
 .nw p { margin: .2rem 0 } .nw .notes { color: #57606a }
-.nw .norms { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start }
+.nw .norms { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; margin: .8rem 0 }
 .nw figure { margin: 0; overflow-x: auto } .nw figcaption { font-weight: 600; margin-bottom: .3rem }
 .nw code { font: .9em ui-monospace, monospace; font-weight: 400 }
 .nw table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .nw th { font-weight: 500; color: #57606a; text-align: left; padding: .2rem .6rem }
-.nw td { text-align: right; padding: .2rem .6rem } .nw .words td { text-align: left }
+.nw td, .nw thead th { text-align: right; padding: .2rem .6rem } .nw .words td, .nw .words th { text-align: left }
+.nw pre { font: .87rem/1.45 ui-monospace, monospace; margin: 0; overflow-x: auto }
 .nw td.chosen { outline: 2px solid currentColor; outline-offset: -2px }
 .nw .words tr { border-top: 1px solid #d0d7de } .nw li { margin: .25rem 0 }
 @media (prefers-color-scheme: dark) {
@@ -37,6 +39,7 @@ body { margin: 2rem; } @media (prefers-color-scheme: dark) { body { background: 
 """
 
 
+@np.errstate(all="ignore")
 def render(c: Comparison) -> str:
     """The whole document. Its policy forbids scripts and every outside resource."""
     title = escape(f"normwise: {c.name}")
@@ -46,15 +49,20 @@ def render(c: Comparison) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"{_body(c)}\n"
-        '<p class="nw notes">This file embeds the batch and everything computed from it (below, as JSON): '
+        f'<p class="nw notes">This file embeds {_what(c)} and what was computed from it (below, as JSON): '
         "share it only where you would share the data.</p>\n"
         f'<script type="application/json" id="comparison">{_embedded(c)}</script>\n</body>\n</html>\n'
     )
 
 
+@np.errstate(all="ignore")
 def fragment(c: Comparison) -> str:
     """The same for a notebook: no document around it, no embedded JSON."""
     return f"<style>{STYLE.split('body {')[0]}</style>{_body(c)}"
+
+
+def _what(c: Comparison) -> str:
+    return "the batch" if c.x.size <= record.WHOLE else "a corner of the batch"
 
 
 def _embedded(c: Comparison) -> str:
@@ -67,25 +75,39 @@ def _body(c: Comparison) -> str:
 
 
 def _parts(c: Comparison) -> Iterator[str]:
-    shape = " × ".join(f"{n} {labels.axis_word(c.layout, a, n)}" for a, n in zip(c.layout, c.x.shape, strict=True))
-    yield f"<h1>{escape(c.name)}</h1><p>{shape}, {'training' if c.mode == 'train' else 'eval'}, {c.dtype}</p>"
-    yield "".join(f'<p class="notes">{escape(note)}</p>' for note in c.notes)
-    yield '<div class="norms">'
-    yield _figure(c, "input", "", c.x, None)
+    shape, *settings = header.parts(c)
+    yield f"<h1>{escape(c.name)}</h1><p>{escape(', '.join([shape.removeprefix(c.name + ', '), *settings]))}</p>"
+    yield "".join(f'<p class="notes">{escape(labels.untied(note))}</p>' for note in header.notes(c))
+    yield f'<div class="norms">{_figure(c, "input", "", c.x, None)}'
     for t in c.traces:
-        if t.refused:
-            yield f"<figure>{_caption(t)}<p>{escape(t.refused)}</p></figure>"
-        else:
-            mean, var = table.statistics(t)
-            unit = labels.unit(t.norm.pattern, c.layout)
-            under = f"<p>one mean for each {unit}: {escape(mean)}</p><p>variance: {escape(var)}</p>"
-            yield _figure(c, t.norm.title, str(t.norm.pattern), t.y, 3.0, under)
-    yield "</div>"
+        yield f"<figure>{_caption(t)}<p>{escape(t.refused)}</p></figure>" if t.refused else _outputs(c, t)
+    yield f"</div><h2>{escape(cell.heading(c))}</h2>"
+    yield _steps(cell.steps(c, WIDTH))
+    yield from _backward(c)
     if c.notices:
         items = "".join(f"<li>{escape(n.text())}</li>" for n in c.notices)
         yield f"<h2>What to notice (computed from this batch)</h2><ul>{items}</ul>"
     yield "<h2>What follows from the patterns</h2>"
-    yield _words([t.norm.title for t in c.traces], summary_rows(c))
+    yield _words(*summary_rows(c))
+
+
+def _outputs(c: Comparison, t: Trace) -> str:
+    mean, var = table.statistics(t)
+    unit = labels.each(labels.unit(t.norm.pattern, c.layout))
+    under = f"<p>one mean for {unit}: {escape(mean)}</p><p>variance: {escape(var)}</p>"
+    return _figure(c, t.norm.title, str(t.norm.pattern), t.y, 3.0, under)
+
+
+def _backward(c: Comparison) -> Iterator[str]:
+    done = [(t, t.backward) for t in c.traces if t.backward is not None]
+    if done:
+        yield f'<h2>Backward: dL/dx for this dL/dy</h2><div class="norms">{_figure(c, "dy", "", done[0][1].dy, None)}'
+        yield "".join(_figure(c, t.norm.title, str(t.norm.pattern), b.dx, 3.0) for t, b in done)
+        yield f"</div>{_steps(cell.backward_steps(c, WIDTH))}"
+
+
+def _steps(lines: Iterator[str]) -> str:
+    return "<pre>" + escape("\n".join(line.removeprefix("    ") for line in lines)) + "</pre>"
 
 
 def _caption(t: Trace) -> str:
@@ -94,17 +116,19 @@ def _caption(t: Trace) -> str:
 
 def _figure(c: Comparison, title: str, pattern: str, array: Array, scale: float | None, under: str = "") -> str:
     """A table of numbers; with a scale, each cell coloured from -scale to scale."""
-    full, names, top, left = table.corner(c, array, ROWS, COLUMNS)
-    shown = full[top : top + ROWS, left : left + COLUMNS]
-    prefix = labels.axis_prefix(c.layout, "c")
-    head = "".join(f'<th scope="col">{prefix}{left + i}</th>' for i in range(shown.shape[1]))
+    found = table.corner(c, array, ROWS, COLUMNS)
+    flat = found.values.reshape(-1).tolist()
+    texts = labels.column(flat) if scale is None else [labels.value(v) for v in flat]
+    cells = [f"<td{_shade(v, scale)}>{text}</td>" for v, text in zip(flat, texts, strict=True)]
+    cells[found.chosen] = cells[found.chosen].replace("<td", '<td class="chosen"')  # the one that is worked out in full
+    wide = found.values.shape[1]
+    head = "".join(f'<th scope="col">{labels.axis_prefix(c.layout, "c")}{found.left + i}</th>' for i in range(wide))
     body = "".join(
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(f"<td{_shade(v, scale)}>{labels.short(v) if scale is None else labels.value(v)}</td>" for v in row)
-        + "</tr>"
-        for name, row in zip(names, shown, strict=True)
+        f'<tr><th scope="row">{name}</th>{"".join(cells[i * wide : (i + 1) * wide])}</tr>'
+        for i, name in enumerate(found.rows)
     )
-    cut = "" if shown.size == full.size else f"<p>a corner of {full.shape[0]} × {full.shape[1]}</p>"
+    rows = c.x.size // c.x.shape[c.layout.index("c")]
+    cut = "" if len(flat) == array.size else f"<p>a corner of {rows} × {array.size // rows}</p>"
     caption = f"<figcaption>{escape(title)} <code>{escape(pattern)}</code></figcaption>"
     return (
         f"<figure>{caption}<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from . import labels
+from . import header, labels
 from .trace import Array, Trace
 
 if TYPE_CHECKING:
     from .comparison import Comparison
 
 Renderable = str | Text | Table
+Shown = tuple[Trace, Array | None]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+NARROW = 60  # on a screen less wide, norms stand one below the other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of an array is shown, and how: so many rows and columns, and so many norms abreast."""
+
+    rows: int
+    columns: int
+    abreast: int
+    inline: bool
+
+
+def plan(
+    c: Comparison, title: str, left: Array, arrays: Sequence[Shown], width: int, precision: int, *, inline: bool = True
+) -> Plan:
+    """All columns if they fit, two norms abreast or one; else a corner. Statistics stand under it where they fit."""
+    rows = _height(c)
+    total = c.x.shape[c.layout.index("c")]
+    columns = min(total, width // 4)
+
+    def used(p: Plan) -> int:
+        blocks = [_block(c, t, a, p, precision) for t, a in arrays]
+        widths = [len(block[0]) + 2 for block in blocks]
+        return len(_lead(c, title, left, p)[0]) + max(sum(widths[: p.abreast]), *widths)
+
+    sides = min(len(arrays), 1 if width < NARROW else 2)
+    found = Plan(rows, columns, sides, False)
+    if columns == total and rows == _rows(c) and len(arrays) <= 2 and used(found) > width:
+        found = Plan(rows, columns, 1, False)
+    while (needed := used(found)) > width and found.columns > 1:
+        found = Plan(rows, min(found.columns - 1, max(1, found.columns * width // needed)), sides, False)
+    if used(found) > width:
+        return replace(found, abreast=0)
+    under = replace(found, inline=inline and c.layout == "nc" and len(arrays) <= 2)
+    return under if used(under) <= width else found
 
 
 def side_by_side(
-    c: Comparison,
-    title: str,
-    left: Array,
-    arrays: Sequence[tuple[Trace, Array | None]],
-    width: int,
-    precision: int,
-    *,
-    inline: bool,
+    c: Comparison, title: str, left: Array, arrays: Sequence[Shown], width: int, precision: int, p: Plan
 ) -> Iterator[Renderable]:
-    """``left`` and each norm's array beside it: all of it, or a corner that fits two norms abreast."""
-    columns = c.x.shape[c.layout.index("c")]
-    while True:
-        lead = _lead(c, title, left, columns, inline)
-        blocks = [_block(c, t, a, columns, precision, inline) for t, a in arrays]
-        used = len(lead[0]) + sum(len(block[0]) + 2 for block in blocks[: 2 if width >= 60 else 1])
-        if used <= width or columns == 1:
-            break
-        columns = min(columns - 1, max(1, columns * width // used))
+    """``left`` and each norm's array beside it, in as many bands as it takes."""
+    lead = _lead(c, title, left, p)
+    blocks = [_block(c, t, a, p, precision) for t, a in arrays]
+    if not p.abreast:
+        yield from _stacked(c, title, left, arrays, width, precision, p)
+        return
     while blocks:
         taken = [blocks.pop(0)]
-        while blocks and len(lead[0]) + sum(len(block[0]) + 2 for block in (*taken, blocks[0])) <= width:
+        while blocks and p.abreast > 1 and len(lead[0]) + sum(len(b[0]) + 2 for b in (*taken, blocks[0])) <= width:
             taken.append(blocks.pop(0))
         height = max(len(block) for block in (lead, *taken))
         padded = [block + [" " * len(block[0])] * (height - len(block)) for block in (lead, *taken)]
@@ -50,50 +77,63 @@ def side_by_side(
             yield Text("  ".join(parts), "bold" if i == 0 else "")
 
 
-def shown(c: Comparison) -> bool:
-    """True if the table holds every value, or nearly."""
-    return len(_matrix(c, c.x)) <= _height(c) and c.x.shape[c.layout.index("c")] <= 6
+def _stacked(
+    c: Comparison, title: str, left: Array, arrays: Sequence[Shown], width: int, precision: int, p: Plan
+) -> Iterator[Renderable]:
+    """One table below the other, each with the names of its rows: for a very narrow screen."""
+    for name, array in [(title, left), *((t.norm.title, a) for t, a in arrays)]:
+        yield Text(f"    {name}"[:width], "bold")
+        if array is None:
+            yield "        no variance: see below"
+            continue
+        found = corner(c, array, p.rows, 1)
+        texts = labels.column(found.values[:, 0].tolist()) if array is left else [
+            labels.value(v, precision) for v in found.values[:, 0]
+        ]  # fmt: skip
+        head = f"{labels.axis_prefix(c.layout, 'c')}{found.left}"
+        yield from (f"        {row:12}{text:>9}" for row, text in zip(["", *found.rows], [head, *texts], strict=True))
 
 
 def _height(c: Comparison) -> int:
     """How many rows of a taller batch are shown, from the chosen cell on."""
-    return 8 if len(c.traces) <= 2 else 4
+    few = 8 if len(c.traces) <= 2 else 4
+    return _rows(c) if _rows(c) <= few + 2 else few
 
 
-def _matrix(c: Comparison, array: Array) -> Array:
-    """Channels as columns, everything else as rows."""
-    channel = c.layout.index("c")
-    return np.moveaxis(array, channel, -1).reshape(-1, array.shape[channel])
+def _rows(c: Comparison) -> int:
+    """How many rows there are: channels are columns, everything else is rows."""
+    return int(c.x.size // c.x.shape[c.layout.index("c")])
 
 
-def _lead(c: Comparison, title: str, array: Array, columns: int, inline: bool) -> list[str]:
+def _tall(c: Comparison) -> bool:
+    """True if titles and patterns need a line each."""
+    return c.x.ndim > 2 or len(c.traces) > 2
+
+
+def _lead(c: Comparison, title: str, array: Array, p: Plan) -> list[str]:
     """Row names and the input."""
-    full, rows, _, _ = corner(c, array, _height(c), columns)
-    names = ["", *rows, *(["..."] if len(full) > _height(c) else [])]
-    cells = _cells(c, array, columns, labels.short, 4)
-    if columns < array.shape[c.layout.index("c")]:
+    names = ["", *corner(c, array, p.rows, p.columns).rows, *(["..."] if _rows(c) > p.rows else [])]
+    cells = _cells(c, array, p, labels.column, 4)
+    if p.columns < array.shape[c.layout.index("c")]:
         cells = [cells[0] + " ...", *(line + "    " for line in cells[1:])]
     margin = max(len(name) for name in names) + 4
     lines = [name.rjust(margin) + row for name, row in zip(names, cells, strict=True)]
-    wide = max(len(lines[0]), 20)
-    head = [" " * margin + title.center(len(cells[0]))]
-    if c.x.ndim > 2 or len(c.traces) > 2:
-        head.append("")
-    tail = ["    one mean for", "    variance"] if inline else []
+    head = [" " * margin + title.center(len(cells[0])), *([""] if _tall(c) else [])]
+    tail = ["    one mean for", "    variance"] if p.inline else []
+    wide = max(len(line) for line in (*head, *lines, *tail)) + (2 if p.inline else 0)
     return [line.ljust(wide) for line in (*head, *lines, *tail)]
 
 
-def _block(c: Comparison, t: Trace, array: Array | None, columns: int, precision: int, inline: bool) -> list[str]:
+def _block(c: Comparison, t: Trace, array: Array | None, p: Plan, precision: int) -> list[str]:
     """A norm's title, its values and its statistics; or why it has none."""
-    head = [f"{t.norm.title}   {t.norm.pattern}"]
-    if c.x.ndim > 2 or len(c.traces) > 2:
-        head = [t.norm.title, str(t.norm.pattern)]
+    pattern = str(t.norm.pattern) if len(str(t.norm.pattern)) <= header.LONG else ""
+    head = [t.norm.title, pattern] if _tall(c) else [f"{t.norm.title}   {pattern}".rstrip()]
     if array is None:
         wide = max(26, *(len(line) for line in head))
-        why = textwrap.wrap(t.refused, wide) if len(c.traces) <= 2 else ["no variance: see below"]
+        why = labels.wrap(t.refused, wide) if len(c.traces) <= 2 else ["no variance: see below"]
         return [line.ljust(wide) for line in (*head, "", *why)]
-    cells = _cells(c, array, columns, lambda v: labels.value(v, precision), precision + 5)
-    tail = _statistics(c, t) if inline else []
+    cells = _cells(c, array, p, lambda values: [labels.value(v, precision) for v in values], precision + 5)
+    tail = _under(c, t) if p.inline else []
     wide = max(len(line) for line in (*head, *cells, *tail))
     pad = " " * ((wide - len(cells[0])) // 2)
     return [
@@ -102,69 +142,78 @@ def _block(c: Comparison, t: Trace, array: Array | None, columns: int, precision
     ]
 
 
-def _cells(c: Comparison, array: Array, columns: int, form: labels.Form, least: int) -> list[str]:
+def _cells(c: Comparison, array: Array, p: Plan, form: Callable[[Sequence[float]], list[str]], least: int) -> list[str]:
     """A line of column names and the formatted corner of an array."""
-    full, _, top, left = corner(c, array, _height(c), columns)
-    texts = [[form(v) for v in row[left : left + columns]] for row in full[top : top + _height(c)]]
-    prefix = labels.axis_prefix(c.layout, "c")
-    names = [f"{prefix}{left + i}" for i in range(columns)]
+    found = corner(c, array, p.rows, p.columns)
+    texts = [list(row) for row in np.reshape(form(found.values.reshape(-1).tolist()), found.values.shape)]
+    names = [f"{labels.axis_prefix(c.layout, 'c')}{found.left + i}" for i in range(p.columns)]
     wide = max(least, *(len(text) + 2 for row in (*texts, names) for text in row))
     lines = ["".join(text.rjust(wide) for text in row) for row in (names, *texts)]
-    return lines + ([" " * len(lines[0])] if len(full) > _height(c) else [])
+    return lines + ([" " * len(lines[0])] if _rows(c) > p.rows else [])
 
 
-def statistics_inline(c: Comparison) -> bool:
-    """True if the statistics stand under the columns of the table."""
-    return c.layout == "nc" and len(c.traces) <= 2
-
-
-def _statistics(c: Comparison, t: Trace) -> list[str]:
+def _under(c: Comparison, t: Trace) -> list[str]:
     """Whose mean, and what variance."""
-    word = {"c": "COLUMN", "n": "ROW"}.get(" ".join(t.norm.pattern.right)) if c.layout == "nc" else None
+    word = {"c": "COLUMN", "n": "ROW"}.get(
+        "".join(labels.letters(t.norm.pattern, c.layout)[a] for a in t.norm.pattern.right)
+    )
     mean, var = statistics(t)
-    return [f"each {word or labels.unit(t.norm.pattern, c.layout)}: {mean}", var]
+    unit = labels.unit(t.norm.pattern, c.layout)
+    return [f"{f'each {word}' if word else labels.each(unit)}: {mean}", var]
 
 
-def statistics(t: Trace) -> tuple[str, str]:
-    """The means and the variances in a few words."""
-    m = t.facts.values_per_statistic
+def statistics(t: Trace, most: int = 4) -> tuple[str, str]:
+    """The means and the variances in a few words; more than ``most`` different ones as their range."""
+    m = 0 if t.norm.uses_running else t.facts.values_per_statistic
     if not t.norm.centred:
-        return "none", f"{_few(t.var, m)} (mean square)"
-    if t.norm.uses_running and t.norm.running is not None:
-        return _few(t.norm.running.mean), _few(t.norm.running.var)
-    return _few(t.mean), _few(t.var, m)
+        return "taken as 0", few(t.var, m, most)
+    where = " (running)" if t.norm.uses_running else ""
+    return few(t.mean, 0, most) + where, few(t.var, m, most)
 
 
-def _few(values: Array, m: int = 0) -> str:
+def few(values: Array, m: int = 0, most: int = 4) -> str:
     """All of a few values, one for all if they agree, else their range; with ``m``, as a fraction where simple."""
     flat = values.reshape(-1)
+    finite = flat[np.isfinite(flat)]
+    if finite.size < flat.size:
+        rest = f"{flat.size - finite.size} of {flat.size} not finite"
+        return f"{few(finite, m, most)}, {rest}" if finite.size else rest
     low, high = float(flat.min()), float(flat.max())
-    if np.isclose(low, high, rtol=1e-9, atol=0) and (m or flat.size == 1):
-        count = "" if flat.size == 1 else f" in all {flat.size}"
+    if np.isclose(low, high, rtol=1e-9, atol=0):
         total = low * m
         terminates = labels.short(low, 3) == labels.short(low, 9)
         fraction = "" if terminates or not m or abs(total - round(total)) > 1e-9 else f"{round(total)}/{m} = "
-        return f"{fraction}{labels.short(low)}{count}"
-    if flat.size <= 4:
+        return f"{fraction}{labels.short(low)}{labels.in_all(flat.size)}"
+    if flat.size <= most:
         return " ".join(labels.short(v) for v in flat)
     return f"{labels.short(low)} to {labels.short(high)}"
 
 
-def corner(c: Comparison, array: Array, rows: int, columns: int) -> tuple[Array, list[str], int, int]:
-    """The matrix of an array, the names of ``rows`` rows, and where the corner that holds the chosen cell begins."""
-    full = _matrix(c, array)
+@dataclass(frozen=True)
+class Corner:
+    """A part of an array as a matrix, the names of its rows, its first column, and where in it the chosen cell is."""
+
+    values: Array
+    rows: list[str]
+    left: int
+    chosen: int
+
+
+def corner(c: Comparison, array: Array, rows: int, columns: int) -> Corner:
+    """The corner of an array that holds the chosen cell: channels are columns, everything else is rows."""
     channel = c.layout.index("c")
     axes = [(a, n, i) for k, (a, n, i) in enumerate(zip(c.layout, c.x.shape, c.cell, strict=True)) if k != channel]
     sizes = [n for _, n, _ in axes]
     chosen = int(np.ravel_multi_index([i for _, _, i in axes], sizes))
-    top = max(0, min(chosen, len(full) - rows))
-    left = max(0, min(c.cell[channel], full.shape[1] - columns))
-    indices = zip(*np.unravel_index(np.arange(top, min(top + rows, len(full))), sizes), strict=True)
+    top = max(0, min(chosen, _rows(c) - rows))
+    left = max(0, min(c.cell[channel], array.shape[channel] - columns))
+    where = np.unravel_index(np.arange(top, min(top + rows, _rows(c))), sizes)
     names = [
         ",".join(f"{labels.axis_prefix(c.layout, a)}{i}" for (a, _, _), i in zip(axes, row, strict=True))
-        for row in indices
+        for row in zip(*where, strict=True)
     ]
-    return full, names, top, left
+    values = np.moveaxis(array, channel, -1)[..., left : left + columns][where]
+    return Corner(values, names, left, (chosen - top) * values.shape[1] + c.cell[channel] - left)
 
 
 def sparkline(values: Array, bins: int) -> str:
@@ -189,9 +238,10 @@ def grid(
             table.add_row(f"    {name}", *cells)
         yield table
         return
-    yield Text(heading, "bold")
+    for line in labels.wrap(heading, width, rest="    "):
+        yield Text(line, "bold")
     for name, cells in rows:
-        yield from textwrap.wrap(name, width, initial_indent="    ", subsequent_indent="    ")
+        yield from labels.wrap(name, width, "    ", "    ")
         for cell in dict.fromkeys(cells):
             alike = ", ".join(title for title, own in zip(titles, cells, strict=True) if own == cell)
-            yield from textwrap.wrap(f"{cell}: {alike}", width, initial_indent=" " * 8, subsequent_indent=" " * 10)
+            yield from labels.wrap(f"{cell}: {alike}", width, " " * 8, " " * 10)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import cell, labels, table
+from . import cell, header, labels, table
 from .facts_table import property_rows, summary_rows
-from .trace import Array, Trace
+from .trace import Array
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -22,12 +21,20 @@ if TYPE_CHECKING:
 HEADING = "bold"
 
 
+@np.errstate(all="ignore")
 def render(c: Comparison, *, width: int, precision: int, color: bool, summary: bool) -> str:
     """The comparison in at most ``width`` columns."""
     width = max(width, 40) - 2
     lines = _summary(c, width) if summary else _screen(c, width, precision)
     out = io.StringIO()
-    console = Console(file=out, width=width, color_system="standard" if color else None, force_terminal=color)
+    console = Console(
+        file=out,
+        width=width,
+        color_system="standard" if color else None,
+        force_terminal=color,
+        force_jupyter=False,
+        legacy_windows=False,
+    )
     for line in lines:
         console.print(line, soft_wrap=not isinstance(line, Table), highlight=False, markup=False, emoji=False)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
@@ -36,189 +43,139 @@ def render(c: Comparison, *, width: int, precision: int, color: bool, summary: b
 def _screen(c: Comparison, width: int, precision: int) -> Iterator[table.Renderable]:
     yield from _header(c, width)
     arrays = [(t, None if t.refused else t.y) for t in c.traces]
-    inline = table.statistics_inline(c)
-    yield from table.side_by_side(c, "input", c.x, arrays, width, precision, inline=inline)
-    if not inline:
+    plan = table.plan(c, "input", c.x, arrays, width, precision)
+    yield from table.side_by_side(c, "input", c.x, arrays, width, precision, plan)
+    if not plan.inline:
         yield from _statistics(c, width)
-    if not table.shown(c):
+    if plan.rows * plan.columns < c.x.size:
         yield from _distributions(c, width, precision)
-    yield from _one_number(c, width)
+    yield from _headed(_offering(c, width), width)
+    yield from cell.steps(c, width)
     yield from _gradient(c, width, precision)
     if c.notices:
-        yield Text("What to notice (computed from this batch)", HEADING)
+        yield from _headed("What to notice (computed from this batch)", width)
         for notice in c.notices:
-            yield from textwrap.wrap(notice.text(precision), width, initial_indent="  * ", subsequent_indent="    ")
+            yield from labels.wrap(notice.text(precision), width, "  * ", "    ")
     yield from _properties(c, width)
     yield from _peers(c, width)
-    yield "next:  normwise compare your.npy     --summary     --html page.html     --help"[:width]
+    yield _next(width)
+
+
+def _headed(line: str, width: int) -> Iterator[Text]:
+    for part in [line] if len(line) <= width else labels.wrap(line, width, rest="    "):
+        yield Text(part, HEADING)
 
 
 def _header(c: Comparison, width: int) -> Iterator[table.Renderable]:
-    shape = " x ".join(f"{n} {labels.axis_word(c.layout, a, n)}" for a, n in zip(c.layout, c.x.shape, strict=True))
-    eps = " or ".join(dict.fromkeys(f"{t.norm.eps:.3g}".replace("e-0", "e-") for t in c.traces))
-    mode = "training" if c.mode == "train" else "eval"
-    kind = "" if c.dtype == "float64" else f"   {c.dtype}"
-    yield from _styled(f"normwise compare   {c.name}, {shape}   {mode}   eps {eps}{kind}", width, HEADING)
-    for note in (*c.notes, *_reading(c)):
-        yield from _wrapped(f"({note})", width, " ")
+    parts = header.parts(c)
+    ways = [
+        ["normwise compare   " + "   ".join(parts)],
+        ["normwise compare  " + "  ".join(parts)],
+        ["normwise compare   " + parts[0], "    " + "   ".join(parts[1:])],
+        labels.wrap("   ".join(["normwise compare", parts[0], *map(labels.tied, parts[1:])]), width, rest="    "),
+    ]
+    for line in next(lines for lines in ways if max(map(len, lines)) <= width or lines is ways[-1]):
+        yield Text(line, HEADING)
+    for note in header.notes(c):
+        yield from labels.wrap(f"({note})", width, rest=" ")
 
 
-def _reading(c: Comparison) -> Iterator[str]:
-    """How the axes are read: which ones Layer Norm takes is the commonest confusion."""
-    first = ",".join(f"{labels.axis_prefix(c.layout, a)}0" for a in c.layout)
-    if c.layout == "nc":
-        yield f"{first} is sample 0, feature 0: counted from 0"
-        return
-    axes = ", ".join(f"{a} = {labels.axis_word(c.layout, a, 2)}" for a in c.layout)
-    yield f"axes read as {c.layout}: {axes}, counted from 0; --layout reads them otherwise"
-    if any(t.norm.name == "layer_norm" for t in c.traces):
-        whole = f"{' '.join(c.layout)} -> n"
-        here = next(str(t.norm.pattern) for t in c.traces if t.norm.name == "layer_norm")
-        if here != whole:
-            yield (
-                "Layer Norm here takes the channels of each position, as transformers and ConvNeXt do; "
-                f"the whole sample, as the GroupNorm paper draws it: --pattern '{whole}'"
-            )
+def _offering(c: Comparison, width: int) -> str:
+    """The heading of the worked number, with another one to try."""
+    line = cell.heading(c)
+    last = tuple(n - 1 for n in c.x.shape)
+    other = last if last != c.cell else (0,) * c.x.ndim
+    offer = f"{line:56}another: --cell {','.join(map(str, other))}"
+    return offer if len(offer) <= width and c.x.size > 1 else line
+
+
+def _next(width: int) -> str:
+    """What to try next: as much as fits."""
+    parts = ["next:  normwise compare your.npy", "--summary", "--html page.html", "--help"]
+    while len(parts) > 1 and len("     ".join(parts)) > width:
+        parts.pop()
+    return "     ".join(parts)
 
 
 def _statistics(c: Comparison, width: int) -> Iterator[table.Renderable]:
-    """Whose mean and variance, for each norm on a line."""
+    """Whose mean and variance, for each norm on a line; ranges if all of them do not fit."""
     found = [t for t in c.traces if not t.refused]
-    rows = [("", "one mean for each", "mean", "variance")]
-    rows += [(t.norm.title, labels.unit(t.norm.pattern, c.layout), *table.statistics(t)) for t in found]
-    wide = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
-    for i, row in enumerate(rows):
-        line = "    " + "".join(text.ljust(w) for text, w in zip(row, wide, strict=False)) + row[3]
-        for part in _wrapped(line, width, " " * 8):
-            yield Text(part, HEADING if i == 0 else "")
+    for most in (4, 1):
+        rows = [("", "one mean for each", "mean", "variance")]
+        rows += [(t.norm.title, labels.unit(t.norm.pattern, c.layout), *table.statistics(t, most)) for t in found]
+        wide = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+        lines = ["    " + "".join(text.ljust(w) for text, w in zip(row, wide, strict=False)) + row[3] for row in rows]
+        if max(map(len, lines)) <= width:
+            yield Text(lines[0], HEADING)
+            yield from lines[1:]
+            return
+    for title, unit, mean, var in rows[1:]:
+        yield from labels.wrap(f"{title}, each {unit}: mean {mean}; variance {var}", width, "    ", " " * 8)
 
 
 def _distributions(c: Comparison, width: int, precision: int) -> Iterator[table.Renderable]:
-    named = [("input", c.x), *((t.norm.title, t.y) for t in c.traces if not t.refused)]
-    first = max(len(name) for name, _ in named) + 4
-    yield Text(
-        "All values".ljust(first) + "".join(h.rjust(11) for h in ("min", "max", "mean", "sd")) + "   histogram", HEADING
-    )
-    for name, values in named:
-        finite = values[np.isfinite(values)]
-        if not finite.size:
-            continue
-        low, high, mean, sd = finite.min(), finite.max(), finite.mean(), finite.std()
-        numbers = (low, high, 0.0 if abs(mean) < 1e-6 * sd else mean, sd)
-        line = f"    {name}".ljust(first) + "".join(labels.short(v, precision).rjust(11) for v in numbers)
-        yield f"{line}   {table.sparkline(finite, min(16, max(4, width - len(line) - 3)))}"
-
-
-def _one_number(c: Comparison, width: int) -> Iterator[table.Renderable]:
-    here = labels.cell_name(c.layout, c.cell)
-    other = ",".join(str(n - 1 if i == 0 else n // 2) for i, n in enumerate(c.x.shape))
-    ways = "both ways" if len(c.traces) == 2 else "each way"
-    line = f"One number, {ways}: {here} = {labels.short(c.x[c.cell], 6)}"
-    offer = f"{line:56}another: --cell {other}"
-    yield Text(offer if len(offer) <= width else line, HEADING)
-    indent = max(len(t.norm.title) for t in c.traces) + 6
-    for t in c.traces:
-        head = f"    {t.norm.title}".ljust(indent)
-        if t.refused:
-            yield from textwrap.wrap(t.refused, width, initial_indent=head, subsequent_indent=" " * indent)
-            continue
-        for i, line in enumerate(_steps(c, t, width - indent)):
-            yield from textwrap.wrap(
-                line, width, initial_indent=head if i == 0 else " " * indent, subsequent_indent=" " * indent
-            )
-
-
-def _steps(c: Comparison, t: Trace, room: int) -> Iterator[str]:
-    """The steps of one value: whose statistics, which mean and variance, and the formula with its numbers."""
-    x = float(c.x[c.cell])
-    values, mean, var = cell.group(c, t)
-    m, show = len(values), lambda v: labels.short(v, 6)
-    total, square = values.sum(), np.square(values - (mean if t.norm.centred else 0)).sum()
-    members = " ".join(labels.short(v) for v in values[:6]) + (f" ... ({m} values)" if m > 6 else "")
-    spread = "variance" if t.norm.centred else "mean square"
-    if t.norm.uses_running:
-        yield f"running mean {show(mean)}   running variance {show(var)}"
-    else:
-        steps = [f"{cell.word(c, t)} {members}", f"{spread} {_ratio(square, m, var)}"]
-        if t.norm.centred:
-            steps.insert(1, f"mean {_ratio(total, m, mean)}")
-        line = "   ".join(steps)
-        yield from [line] if len(line) <= room else [steps[0], "   ".join(steps[1:])]
-    top = f"({show(x)} - {show(mean)})".replace("- -", "+ ") if t.norm.centred else show(x)
-    line = f"{top} / sqrt({show(var)} + eps)"
-    weight, bias = (cell.parameter(c, t, p) for p in (t.norm.weight, t.norm.bias))
-    line += f" * {show(weight)}" if weight is not None else ""
-    line += f" + {show(bias)}".replace("+ -", "- ") if bias is not None else ""
-    yield f"{line} = {labels.value(float(t.y[c.cell]), 6)}"
-
-
-def _ratio(total: float, m: int, result: float) -> str:
-    if float(total).is_integer() and abs(total) < 1e6:
-        return f"{int(total)}/{m} = {labels.short(result, 6)}"
-    return labels.short(result, 6)
+    """The range, mean, spread and histogram of all values, in a table or, on a narrow screen, in sentences."""
+    rows: list[tuple[str, list[str], Array]] = []
+    for name, values in [("input", c.x), *((t.norm.title, t.y) for t in c.traces if not t.refused)]:
+        finite = values if np.isfinite(values).all() else values[np.isfinite(values)]
+        if finite.size:
+            low, high, mean, sd = (float(v) for v in (finite.min(), finite.max(), finite.mean(), finite.std()))
+            numbers = (low, high, 0.0 if abs(mean) < 1e-6 * sd else mean, sd)
+            rows.append((name, [labels.short(v, precision) for v in numbers], finite))
+    first = max(len(name) for name, _, _ in rows) + 5
+    wide = max(10, *(len(text) + 2 for _, texts, _ in rows for text in texts))
+    room = min(16, width - first - 4 * wide - 3)
+    if room >= 9:
+        heads = "".join(head.rjust(wide) for head in ("min", "max", "mean", "sd"))
+        yield Text("All values".ljust(first) + f"{heads}   histogram", HEADING)
+        for name, texts, finite in rows:
+            line = f"    {name}".ljust(first) + "".join(text.rjust(wide) for text in texts)
+            yield f"{line}   {table.sparkline(finite, room)}"
+        return
+    yield Text("All values", HEADING)
+    for name, texts, finite in rows:
+        yield from labels.wrap("{}: {} to {}, mean {}, sd {}".format(name, *texts), width, "    ", " " * 8)
+        yield f"        {table.sparkline(finite, 16)}"
 
 
 def _gradient(c: Comparison, width: int, precision: int) -> Iterator[table.Renderable]:
-    done = [t for t in c.traces if t.backward is not None]
+    done = [(t, t.backward) for t in c.traces if t.backward is not None]
     if not done:
         return
-    yield Text("Backward: dL/dx for this dL/dy", HEADING)
-    first = done[0].backward
-    if first is not None:
-        arrays = [(t, None if t.backward is None else t.backward.dx) for t in c.traces]
-        yield from table.side_by_side(c, "dy", first.dy, arrays, width, precision, inline=False)
-    indent = max(len(t.norm.title) for t in c.traces) + 6
-    for t in done:
-        b = t.backward
-        if b is None:
-            continue
-        terms = [labels.value(float(a[c.cell]), 6) for a in (b.direct, b.through_mean, b.through_var)]
-        parts = [f"direct {terms[0]}", f"through the mean {terms[1]}", f"through the variance {terms[2]}"]
-        if not t.norm.centred:
-            del parts[1]
-        lines = [
-            f"{labels.cell_name(c.layout, c.cell)}: {', '.join(parts)}; dx = {labels.value(float(b.dx[c.cell]), 6)}",
-            f"dweight {_some(b.dweight)}" + ("" if t.norm.name == "rms_norm" else f"   dbias {_some(b.dbias)}"),
-        ]
-        for i, line in enumerate(lines):
-            head = f"    {t.norm.title}".ljust(indent) if i == 0 else " " * indent
-            yield from textwrap.wrap(line, width, initial_indent=head, subsequent_indent=" " * indent)
-
-
-def _some(values: Array) -> str:
-    flat = values.reshape(-1)
-    return " ".join(labels.value(v, 6) for v in flat[:4]) + (f" ... ({flat.size} values)" if flat.size > 4 else "")
+    yield from _headed("Backward: dL/dx for this dL/dy", width)
+    dy = done[0][1].dy
+    arrays = [(t, None if t.backward is None else t.backward.dx) for t in c.traces]
+    plan = table.plan(c, "dy", dy, arrays, width, precision, inline=False)
+    yield from table.side_by_side(c, "dy", dy, arrays, width, precision, plan)
+    yield from cell.backward_steps(c, width)
 
 
 def _properties(c: Comparison, width: int) -> Iterator[table.Renderable]:
-    titles = [t.norm.title for t in c.traces]
+    titles, rows = property_rows(c)
     averaged = any(t.facts.depends_on_other_examples for t in c.traces)
     heading = "Because n is averaged away:" if averaged else "Because n is not averaged away:"
-    yield from table.grid(heading, titles, property_rows(c), width)
+    yield from table.grid(heading, titles, rows, width)
 
 
 def _summary(c: Comparison, width: int) -> Iterator[table.Renderable]:
     yield from _header(c, width)
-    yield from table.grid(
-        "Summary (derived from the patterns)", [t.norm.title for t in c.traces], summary_rows(c), width
-    )
+    yield from table.grid("Summary (derived from the patterns)", *summary_rows(c), width)
 
 
 def _peers(c: Comparison, width: int) -> Iterator[table.Renderable]:
-    if c.peers:
-        worst = max(p.difference for p in c.peers)
-        same = ", ".join(p.layer for p in c.peers)
-        yield from _wrapped(
-            f"= {same}: largest difference from torch {worst:.0e}".replace("e-0", "e-").replace("0e+00", "0"),
-            width,
-            "  ",
-        )
+    """The torch layers that compute the same, and those that are further away than rounding explains."""
+    close = [p for p in c.peers if p.close]
+    if close:
+        worst = labels.tidy(f"{max(p.difference for p in close):.0e}").replace("0e+0", "0")
+        same = ", ".join(_tied(p.layer) for p in close)
+        yield from labels.wrap(f"= {same}: largest difference from torch {worst}", width, rest="  ")
+    for p in c.peers:
+        if not p.close:
+            gives = f"is up to {labels.short(p.difference)} away" if np.isfinite(p.difference) else "gives nan or inf"
+            line = f"! torch's {_tied(p.layer)} {gives} in {c.dtype}; above is the exact result, rounded once"
+            yield from labels.wrap(line, width, rest="  ")
 
 
-def _wrapped(line: str, width: int, indent: str) -> Iterable[str]:
-    return textwrap.wrap(line, width, subsequent_indent=indent) if len(line) > width else [line]
-
-
-def _styled(line: str, width: int, style: str) -> Iterator[Text]:
-    for part in _wrapped(line, width, "    "):
-        yield Text(part, style)
+def _tied(layer: str) -> str:
+    """``nn.LayerNorm(3) on x.permute(0, 2, 1)`` breaks at ``on`` only."""
+    return " on ".join(labels.tied(part) for part in layer.split(" on "))

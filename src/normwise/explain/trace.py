@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,19 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import checks, reference
-from ..definitions import Facts, Pattern, facts
+from ..definitions import Facts, Pattern, facts, parse_axes
 from ..reference import Normalized, Rows, Statistics
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Running:
-    """Running statistics of shape (C), and how they came about.
+    """Running statistics, and how they came about.
 
     Attributes:
-        mean: Running mean.
-        var: Running variance.
+        mean: Running mean: for each kept axis, or of shape (C) if a layer brought it along.
+        var: Running variance, shaped like ``mean``.
         momentum: The weight of each new batch; None for the plain average.
         steps: Training steps on this batch that led here; None if a layer brought them along.
     """
@@ -38,7 +39,7 @@ class Running:
     steps: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
     """One normalization to compute: the pattern, its parameters and, in eval, the statistics to use.
 
@@ -54,6 +55,7 @@ class Norm:
         bias: Over the affine axes, or None.
         running: Statistics for eval, where the norm keeps any.
         training: If False, and there are running statistics, they are used.
+        fresh: False for a layer of the user's, which has its own running statistics or none.
     """
 
     name: str
@@ -62,16 +64,25 @@ class Norm:
     affine: str = "c"
     centred: bool = True
     eps: float = 1e-5
-    given: Mapping[str, int] = field(default_factory=dict)
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    given: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    weight: Array | None = None
+    bias: Array | None = None
     running: Running | None = None
     training: bool = True
+    fresh: bool = True
 
     @property
     def uses_running(self) -> bool:
         """True if the batch itself is not looked at for statistics."""
         return not self.training and self.running is not None
+
+    @property
+    def channel(self) -> str:
+        """What the pattern calls the channels; of a split axis the part that is averaged away."""
+        if self.name != "pattern":
+            return "c"
+        (item,) = parse_axes(self.affine, "affine")
+        return next((name for name in item if name in self.pattern.averaged), item[-1])
 
     def rows(self, x: Tensor) -> Rows:
         """How this norm maps ``x`` to rows."""
@@ -81,27 +92,34 @@ class Norm:
         """The reference on ``x``."""
         fixed: Statistics | None = None
         if self.uses_running and self.running is not None:
-            mean, var = (torch.tensor(a) for a in (self.running.mean, self.running.var))
-            fixed = reference.fixed_statistics(mean, var, self.eps)
-        return reference.normalize(x, self.rows(x), self.weight, self.bias, self.eps, fixed=fixed)
+            fixed = reference.fixed_statistics(
+                torch.tensor(self.running.mean), torch.tensor(self.running.var), self.eps
+            )
+        weight, bias = (None if p is None else torch.tensor(p) for p in (self.weight, self.bias))
+        return reference.normalize(x, self.rows(x), weight, bias, self.eps, fixed=fixed)
 
     def refusal(self, x: Tensor) -> str:
         """Why this norm cannot train on ``x``, in one sentence; empty if it can."""
-        if self.uses_running or self.pattern.values_per_statistic(self.rows(x).sizes) != 1:
+        rows = self.rows(x)
+        if self.uses_running or self.pattern.values_per_statistic(rows.sizes) != 1:
             return ""
+        channel = next(i for i, item in enumerate(self.pattern.left) if self.channel in item)
+        moved = x.movedim(channel, 1)
         try:
             if self.name == "batch_norm":
-                checks.check_values_per_channel(self.name, x.reshape(1, -1), None)
+                checks.check_values_per_channel(self.name, moved, None)
             elif self.name == "instance_norm":
-                checks.check_values_per_instance(self.name, x)
+                checks.check_values_per_instance(self.name, moved)
+            elif self.name == "group_norm":
+                checks.check_values_per_group(self.name, moved, self.given["g"])
             else:
-                checks.check_affine(self.name, self.rows(x), None, None)
+                checks.check_affine(self.name, rows, None, None)
         except ValueError as error:
             return str(error)
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backward:
     """The gradient for one cotangent, with the three terms of dx = direct + through_mean + through_var."""
 
@@ -114,7 +132,7 @@ class Backward:
     dbias: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """Each step of one norm on one batch; arrays are float64, read-only, and shaped as their comment says.
 
@@ -146,44 +164,45 @@ class Trace:
 def trace(x: Tensor, norm: Norm, dy: Tensor | None = None) -> Trace:
     """Compute every step of ``norm`` on ``x``, and with ``dy`` its gradient."""
     rows = norm.rows(x)
-    derived = facts(norm.pattern, rows.sizes, centred=norm.centred)
+    derived = facts(norm.pattern, rows.sizes, centred=norm.centred, channel=norm.channel)
+    sizes = MappingProxyType(rows.sizes)
     refused = norm.refusal(x)
     if refused:
         none = frozen(torch.empty(0))
-        return Trace(norm, derived, rows.sizes, refused, none, none, none, none, none)
+        return Trace(norm, derived, sizes, refused, none, none, none, none, none)
     y, xhat, stats = norm.run(x)
     backward = None if dy is None else _backward(x, dy, norm, rows, stats)
-    mean, var, rstd = (frozen(s.squeeze(-1)) for s in stats)
-    return Trace(norm, derived, rows.sizes, "", mean, var, rstd, frozen(xhat), frozen(y), backward)
+    kept = [rows.sizes[axis] for axis in norm.pattern.right]
+    mean, var, rstd = (frozen(s.squeeze(-1).expand(kept)) for s in stats)
+    return Trace(norm, derived, sizes, "", mean, var, rstd, frozen(xhat), frozen(y), backward)
 
 
 def _backward(x: Tensor, dy: Tensor, norm: Norm, rows: Rows, stats: Statistics) -> Backward:
-    one = torch.ones(()) if not norm.affine else rows.gather(torch.ones_like(x, dtype=torch.float64))
-    weight = norm.weight if norm.weight is not None else torch.ones_like(one)
+    ones = rows.gather(torch.ones_like(x, dtype=torch.float64))
+    weight = torch.ones_like(ones) if norm.weight is None else torch.tensor(norm.weight)
     grads = reference.normalize_backward(dy, x, rows, weight, torch.float64, stats, fixed=norm.uses_running)
     full = rows.split(x)
     direct, through_mean, through_var = (frozen(rows.join(term.expand_as(full))) for term in grads.terms)
-    dweight, dbias = (g if g is not None else one for g in (grads.dweight, grads.dbias))
+    dweight, dbias = (g if g is not None else ones for g in (grads.dweight, grads.dbias))
     return Backward(frozen(dy), direct, through_mean, through_var, frozen(grads.dx), frozen(dweight), frozen(dbias))
 
 
-def running_after(x: Tensor, norm: Norm, steps: int, momentum: float) -> Running:
-    """The running statistics of a fresh layer after ``steps`` training steps on this one batch."""
-    sizes = norm.rows(x).sizes
-    count = norm.pattern.values_per_statistic(sizes)
-    shape = [sizes[a] for a in norm.pattern.right]
+def running_after(t: Trace, steps: int, momentum: float) -> Running:
+    """The running statistics of a fresh layer after ``steps`` training steps on the batch of this trace.
+
+    On one batch, k steps with momentum m are one step with momentum ``1 - (1 - m)**k``.
+    """
+    shape = [t.sizes[axis] for axis in t.norm.pattern.right]
     running_mean, running_var = torch.zeros(math.prod(shape)).double(), torch.ones(math.prod(shape)).double()
-    if steps and not norm.refusal(x):
-        stats = reference.statistics(x, norm.rows(x), norm.eps)
-        for _ in range(steps):
-            reference.update_running_(
-                running_mean, running_var, None, stats.mean.squeeze(-1), stats.var.squeeze(-1), count, momentum
-            )
+    if steps and not t.refused:
+        mean, var = (torch.tensor(a).reshape(-1) for a in (t.mean, t.var))
+        share = momentum if steps == 1 else 1 - (1 - momentum) ** steps
+        reference.update_running_(running_mean, running_var, None, mean, var, t.facts.values_per_statistic, share)
     return Running(frozen(running_mean.reshape(shape)), frozen(running_var.reshape(shape)), momentum, steps)
 
 
 def frozen(values: Tensor) -> Array:
     """A read-only float64 copy."""
-    array: Array = values.detach().to("cpu", torch.float64, copy=True).numpy()
+    array: Array = values.detach().to("cpu", torch.float64, copy=True).contiguous().numpy()
     array.setflags(write=False)
     return array
