@@ -43,17 +43,19 @@ format: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis compare.html
 
-$(VENV)/installed-lab: pyproject.toml constraints.txt | $(VENV)/made
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+$(VENV)/installed-lab: $(SOURCES) | $(VENV)/made
 	@$(call install,lab)
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/made
+$(VENV)/installed-dev: $(SOURCES) | $(VENV)/made
 	@$(call install,lab$(comma)dev)
 
-# torch comes first, and nothing is built in isolation, so that what is built meets the torch that it will run with.
+# torch comes first, and nothing is built in isolation, so that the kernels meet the torch that they will run with.
 comma := ,
 define install
 	echo "Installing into $(VENV); the first time takes a few minutes." >&2
-	@$(INSTALL) setuptools torch
+	@$(INSTALL) scikit-build-core cmake ninja torch
 	@$(INSTALL) --no-build-isolation --editable '.[$(1)]'
 	@touch $@
 endef

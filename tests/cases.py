@@ -7,20 +7,22 @@ and in torch, which values share statistics, and its exact result by a formula t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import normwise as nw
 import normwise.functional as nf
 from normwise import reference
 from normwise.definitions import Pattern
 from normwise.reference import Rows
 
-BACKENDS = ["reference"]
-"""The implementations that the contract is tested on; a kernel joins here."""
+BACKENDS = [nw.backends()["cpu"].split(",")[0].split(" (")[0]]
+"""What runs the operators here; `test_kernels.py` runs the contract on the others, each in a process of its own."""
 
 SIZES = [0, 1, 2, 31, 33, 1023, 4099]
 """Empty, without a variance, the smallest with one, and around the widths and blocks of vector code."""
@@ -73,16 +75,23 @@ def error(actual: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
 
 
 def assert_a1(actual: Results, exact: Results, **scales: Tensor | None) -> None:
-    """All four outputs are within A1."""
+    """All four outputs are within A1.
+
+    A sum that happens to cancel is measured against what the sum of as many random terms would be, their L2 norm.
+    """
     for name, bound in A1.items():
         got, want = getattr(actual, name), getattr(exact, name)
         assert (got is None) == (want is None), name
         if want is not None:
-            assert error(got, want, scales.get(name)) <= bound, name
+            scale = scales.get(name)
+            if scale is None and name in exact.summands:
+                scale = max(want, exact.summands[name], key=torch.linalg.vector_norm)
+            assert error(got, want, scale) <= bound, name
 
 
 class Results(NamedTuple):
-    """What a norm and its backward give; ``terms`` are the summands of y and of dx, known for the truth alone."""
+    """What a norm and its backward give; ``terms`` are the summands of y and of dx, known for the truth alone,
+    ``magnitudes`` those of dx with each mean taken of absolute values, ``summands`` what dweight and dbias add up."""
 
     y: Tensor
     dx: Tensor
@@ -90,6 +99,8 @@ class Results(NamedTuple):
     dbias: Tensor | None
     y_terms: tuple[Tensor, ...] = ()
     dx_terms: tuple[Tensor, ...] = ()
+    dx_magnitudes: tuple[Tensor, ...] = ()
+    summands: Mapping[str, Tensor] = MappingProxyType({})
 
 
 Running = tuple[Tensor, Tensor] | None
@@ -189,7 +200,14 @@ class Norm:
         scaled = xhat if weight is None else xhat * self.spread(weight, x)
         offset = torch.zeros_like(x) if bias is None else self.spread(bias, x).expand(x.shape)
         full = tuple(rows.join(torch.broadcast_to(term, rows.split(x).shape)) for term in terms)
-        return Results(y, *grads, y_terms=(scaled, offset), dx_terms=full)
+        # a mean of terms that cancel is good to the size of the terms, not of the mean
+        g = rows.split(dy if weight is None else dy * self.spread(weight, x))
+        through_mean = g.abs().mean(-1, keepdim=True) if self.centred and fixed is None else torch.zeros_like(g)
+        through_var = (g * rows.split(xhat)).abs().mean(-1, keepdim=True) if fixed is None else torch.zeros_like(g)
+        magnitudes = (g.abs(), through_mean.expand_as(g), rows.split(xhat).abs() * through_var)
+        magnitudes = tuple(rows.join(stats.rstd * m) for m in magnitudes)
+        summands = {"dweight": dy * xhat, "dbias": dy}
+        return Results(y, *grads, y_terms=(scaled, offset), dx_terms=full, dx_magnitudes=magnitudes, summands=summands)
 
     def formula(
         self,

@@ -15,7 +15,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=cases.BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each implementation that the contract holds for."""
-    return request.param
+@pytest.fixture
+def backend() -> str:
+    """The implementation that the contract is tested on here; not in a test's name, which sets its random numbers."""
+    return cases.BACKENDS[0]

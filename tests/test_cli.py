@@ -323,7 +323,7 @@ def test_json_is_alone_on_stdout(run: Run, tmp_path: Path) -> None:
     found = run("compare", "--json", "--html", "page.html", "--summary")
     data = json.loads(found.out)
     assert (data["schema"], data["version"]) == ("normwise.comparison", 1)
-    assert found.err == "wrote page.html; it embeds the batch\n"
+    assert found.err == "wrote page.html; it embeds the data\n"
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 

@@ -132,7 +132,9 @@ def test_out_dtype_is_the_type_of_y_alone(out_dtype: torch.dtype | None):
         y, *statistics = forward(*arguments, out_dtype)
         assert y.dtype == wide
         assert torch.equal(y, alone(*arguments, out_dtype))
-        assert torch.equal(y, forward(*arguments, torch.float64)[0].to(wide))
+        # exactly so on the reference; kernels accumulate in float32, which may move the rounding by one step
+        exact = forward(*arguments, torch.float64)[0]
+        torch.testing.assert_close(y.double(), exact, rtol=max(torch.finfo(wide).eps, 1e-6), atol=1e-6)
         assert {s.dtype for s in statistics} == {torch.float64}
 
 
@@ -337,6 +339,16 @@ def test_compiled_patterns(pattern: str, affine: str, sizes: dict[str, int]):
     )
 
 
+def test_compiled_with_an_eps_that_is_an_argument():
+    """A symbol, to the compiler, until the operator fixes it."""
+    compiled = torch.compile(
+        lambda x, eps: nf.layer_norm(x, (4,), eps=eps), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    x = torch.randn(3, 4)
+    for eps in (0.25, 0.5):
+        torch.testing.assert_close(compiled(x, eps), nf.layer_norm(x, (4,), eps=eps))
+
+
 @pytest.mark.parametrize("name", ["group_norm", "instance_norm", "batch_norm"])
 def test_compiled_masks(name: str):
     mask = torch.rand(3, 5) < 0.7
@@ -447,7 +459,10 @@ def test_autocast_on_cpu_follows_torchs_policy(
             torch.testing.assert_close(y, theirs, rtol=tolerance, atol=tolerance)
     assert y.dtype == dtype
     exact = norm.truth(x, weight, bias, x)
-    assert ((y.double() - exact.y).abs() <= cases.a2_elementwise(exact.y, exact.y_terms, dtype)).all()
+    if dtype == torch.float32:
+        assert cases.error(y, exact.y) <= cases.A1["y"]
+    else:
+        assert ((y.double() - exact.y).abs() <= cases.a2_elementwise(exact.y, exact.y_terms, dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -129,7 +129,7 @@ def check_values_per_channel(name: str, x: Tensor, mask: Tensor | None) -> None:
     """
     values = x.shape[0] * math.prod(x.shape[2:])
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if mask is not None and not traced:  # the count of valid positions is data
+    if type(mask) is Tensor and not mask.is_meta and not traced:  # the count of valid positions is data
         values = values // max(mask.numel(), 1) * int(mask.sum())
     if values == 1:
         valid = "" if mask is None else "valid "

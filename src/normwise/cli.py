@@ -76,7 +76,7 @@ def compare(
         )  # fmt: skip
         if html is not None:
             _write(Path(html), comparison.to_html())
-            click.echo(f"wrote {html}; it embeds the batch", err=True)
+            click.echo(f"wrote {html}; it embeds the data", err=True)
     except (ValueError, TypeError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:

@@ -95,11 +95,7 @@ def _statistics(c: Comparison, t: Trace) -> list[str]:
 def _formula(c: Comparison, t: Trace) -> str:
     """``(2 - 2.5) / sqrt(1.25 + eps) = -0.447212``; and what rounding to the input's type makes of it."""
     x, (_, mean, var) = float(c.x[c.cell]), _group(c, t)
-    top = (
-        f"({labels.short(x, 6)} - {labels.short(mean, 6)})".replace("- -", "+ ")
-        if t.norm.centred
-        else labels.short(x, 6)
-    )
+    top = _difference(x, mean) if t.norm.centred else labels.short(x, 6)
     line = f"{top} / sqrt({labels.short(var, 6)} + eps)"
     weight, bias = (_parameter(c, t, p) for p in (t.norm.weight, t.norm.bias))
     line += f" * {labels.short(weight, 6)}" if weight is not None else ""
@@ -108,6 +104,15 @@ def _formula(c: Comparison, t: Trace) -> str:
     shown, rounded = (labels.value(v, 6) for v in (exact, float(t.y[c.cell])))
     half = c.dtype in ("bfloat16", "float16") and shown != rounded
     return f"{line} = {shown}, in {c.dtype} {rounded}" if half else f"{line} = {rounded}"
+
+
+def _difference(x: float, mean: float) -> str:
+    """``(2 - 2.5)``, with as many digits as it takes to be followed by hand where both are large."""
+    for digits in (6, 9, 12, 15, 17):
+        shown = labels.short(x, digits), labels.short(mean, digits)
+        if not abs(float(shown[0]) - float(shown[1]) - (x - mean)) > 1e-5 * abs(x - mean) + 1e-6:
+            break
+    return f"({shown[0]} - {shown[1]})".replace("- -", "+ ")
 
 
 def _ratio(total: float, m: int, result: float) -> str:

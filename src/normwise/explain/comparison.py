@@ -116,7 +116,7 @@ def compare(
         eps: Added to the variance, inside the root; 0 is allowed.
         weight: A value for each channel, for every norm; None for 1.
         bias: A value for each channel, for every norm; None for 0.
-        cell: The index of the value to work out in full; the first if None.
+        cell: The index of the value to work out in full; if None, the first whose channel is not constant.
         grad: True, or a cotangent shaped like ``x``: show the backward pass too.
         dtype: Convert the batch to this type first.
         allow_nonfinite: Accept nan and infinities.

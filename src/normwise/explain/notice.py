@@ -15,7 +15,6 @@ FINDERS = (
     notice_batch.kept,
     notice_batch.constant,
     notice_batch.one_value,
-    notice_batch.out_of_range,
     notice_samples.neighbour,
     notice_samples.fewer,
     notice_modes.untrained,
@@ -41,4 +40,5 @@ def notices(
     scene = Scene(x, preset, layout, traces, cell, steps, momentum)
     if not torch.isfinite(x).all():
         return tuple(notice_batch.nonfinite(scene))
-    return tuple(notice for find in FINDERS for notice in find(scene))
+    wrong = tuple(notice_batch.out_of_range(scene))  # nothing that these numbers say would be true
+    return wrong or tuple(notice for find in FINDERS for notice in find(scene))

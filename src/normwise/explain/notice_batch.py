@@ -126,7 +126,7 @@ def one_value(s: Scene) -> Iterator[Notice]:
 def out_of_range(s: Scene) -> Iterator[Notice]:
     """A variance that float64 cannot hold."""
     for t in s.own:
-        lost = np.isinf(t.var) | ((t.var == 0) & ~_constants(s, t)) if t.norm.centred else np.isinf(t.var)
+        lost = ~np.isfinite(t.var) | ((t.var == 0) & ~_constants(s, t))
         if lost.any():
             yield Notice(
                 "out_of_range",

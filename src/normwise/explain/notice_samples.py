@@ -46,13 +46,15 @@ def _bits(s: Scene, other: int) -> str:
     """Observed: with ``other`` gone, or moved in a preset, are the untouched outputs the same, bit for bit?"""
     stay = _others(len(s.x), other)[: max(1, COMPARED // s.x[0].numel())]
     kept: list[str] = []
-    moved: list[str] = []
+    changed: list[str] = []
     for t in s.separate:
         after = t.norm.run(_moved(s, other)).y[stay] if s.preset else t.norm.run(s.x[torch.from_numpy(stay)]).y
-        (kept if np.array_equal(after.double().numpy(), t.y[stay], equal_nan=True) else moved).append(t.norm.title)
-    parts = [f"{labels.listed(kept)} {'keeps' if len(kept) == 1 else 'keep'} every bit"] if kept else []
-    parts += [f"{labels.listed(moved)} changed bits: the same sums, taken in another order"] if moved else []
-    return "; ".join(parts)
+        apart = np.abs(after.double().numpy() - t.y[stay])
+        if np.array_equal(after.double().numpy(), t.y[stay], equal_nan=True):
+            kept.append(t.norm.title)
+        else:
+            changed.append(f"{t.norm.title} changes by up to {labels.tidy(f'{np.nanmax(apart):.0e}')}")
+    return ", ".join(([f"{labels.listed(kept)} keep{'s' * (len(kept) == 1)} every bit"] if kept else []) + changed)
 
 
 def _others(n: int, k: int) -> Indices:
@@ -210,6 +212,9 @@ def _signed(v: float) -> str:
 
 def _every_time(apart: dict[str, list[float]]) -> str:
     """The norms that gave the same in every company."""
-    same = [f"{title}: {{separate{j}:y}} every time." for j, (title, values) in enumerate(apart.items())
-            if len(set(values)) == 1]  # fmt: skip
-    return " " + " ".join(same) if same else ""
+    same = [
+        f" {title}: {{separate{j}:y}} every time."
+        for j, (title, values) in enumerate(apart.items())
+        if len(set(values)) == 1
+    ]
+    return "".join(same)

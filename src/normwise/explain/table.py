@@ -17,15 +17,27 @@ if TYPE_CHECKING:
     from .comparison import Comparison
 
 Renderable = str | Text | Table
-Shown = tuple[Trace, Array | None]
+Form = Callable[[Sequence[float]], list[str]]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 NARROW = 60  # on a screen less wide, norms stand one below the other
 
 
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """An array and each norm's beside it, to be shown in so many columns of the screen; None where a norm has none."""
+
+    c: Comparison
+    title: str
+    left: Array
+    arrays: Sequence[tuple[Trace, Array | None]]
+    width: int
+    precision: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How much of an array is shown, and how: so many rows and columns, and so many norms abreast."""
+    """How much is shown, and how: so many rows and columns, so many norms abreast, statistics under them or not."""
 
     rows: int
     columns: int
@@ -33,43 +45,37 @@ class Plan:
     inline: bool
 
 
-def plan(
-    c: Comparison, title: str, left: Array, arrays: Sequence[Shown], width: int, precision: int, *, inline: bool = True
-) -> Plan:
+def plan(s: Sides, *, inline: bool = True) -> Plan:
     """All columns if they fit, two norms abreast or one; else a corner. Statistics stand under it where they fit."""
-    rows = _height(c)
-    total = c.x.shape[c.layout.index("c")]
-    columns = min(total, width // 4)
+    rows, few = _height(s.c), len(s.arrays) <= 2
+    total = s.c.x.shape[s.c.layout.index("c")]
 
     def used(p: Plan) -> int:
-        blocks = [_block(c, t, a, p, precision) for t, a in arrays]
-        widths = [len(block[0]) + 2 for block in blocks]
-        return len(_lead(c, title, left, p)[0]) + max(sum(widths[: p.abreast]), *widths)
+        widths = [len(_block(s, t, a, p)[0]) + 2 for t, a in s.arrays]
+        return len(_lead(s, p)[0]) + max(sum(widths[: p.abreast]), *widths)
 
-    sides = min(len(arrays), 1 if width < NARROW else 2)
-    found = Plan(rows, columns, sides, False)
-    if columns == total and rows == _rows(c) and len(arrays) <= 2 and used(found) > width:
-        found = Plan(rows, columns, 1, False)
-    while (needed := used(found)) > width and found.columns > 1:
-        found = Plan(rows, min(found.columns - 1, max(1, found.columns * width // needed)), sides, False)
-    if used(found) > width:
+    sides = min(len(s.arrays), 1 if s.width < NARROW else 2)
+    found = Plan(rows, min(total, s.width // 4), sides, False)
+    if found.columns == total and rows == _rows(s.c) and few and used(found) > s.width:
+        found = replace(found, abreast=1)
+    while (needed := used(found)) > s.width and found.columns > 1:
+        columns = min(found.columns - 1, max(1, found.columns * s.width // needed))
+        found = Plan(rows, columns, sides, False)
+    if needed > s.width:
         return replace(found, abreast=0)
-    under = replace(found, inline=inline and c.layout == "nc" and len(arrays) <= 2)
-    return under if used(under) <= width else found
+    under = replace(found, inline=inline and s.c.layout == "nc" and few)
+    return under if used(under) <= s.width else found
 
 
-def side_by_side(
-    c: Comparison, title: str, left: Array, arrays: Sequence[Shown], width: int, precision: int, p: Plan
-) -> Iterator[Renderable]:
-    """``left`` and each norm's array beside it, in as many bands as it takes."""
-    lead = _lead(c, title, left, p)
-    blocks = [_block(c, t, a, p, precision) for t, a in arrays]
+def side_by_side(s: Sides, p: Plan) -> Iterator[Renderable]:
+    """The array and each norm's beside it, in as many bands as it takes."""
     if not p.abreast:
-        yield from _stacked(c, title, left, arrays, width, precision, p)
+        yield from _stacked(s, p)
         return
+    lead, blocks = _lead(s, p), [_block(s, t, a, p) for t, a in s.arrays]
     while blocks:
         taken = [blocks.pop(0)]
-        while blocks and p.abreast > 1 and len(lead[0]) + sum(len(b[0]) + 2 for b in (*taken, blocks[0])) <= width:
+        while blocks and p.abreast > 1 and len(lead[0]) + sum(len(b[0]) + 2 for b in (*taken, blocks[0])) <= s.width:
             taken.append(blocks.pop(0))
         height = max(len(block) for block in (lead, *taken))
         padded = [block + [" " * len(block[0])] * (height - len(block)) for block in (lead, *taken)]
@@ -77,21 +83,21 @@ def side_by_side(
             yield Text("  ".join(parts), "bold" if i == 0 else "")
 
 
-def _stacked(
-    c: Comparison, title: str, left: Array, arrays: Sequence[Shown], width: int, precision: int, p: Plan
-) -> Iterator[Renderable]:
+def _stacked(s: Sides, p: Plan) -> Iterator[Renderable]:
     """One table below the other, each with the names of its rows: for a very narrow screen."""
-    for name, array in [(title, left), *((t.norm.title, a) for t, a in arrays)]:
-        yield Text(f"    {name}"[:width], "bold")
+    for name, array in [(s.title, s.left), *((t.norm.title, a) for t, a in s.arrays)]:
+        yield Text(f"    {name}"[: s.width], "bold")
         if array is None:
             yield "        no variance: see below"
             continue
-        found = corner(c, array, p.rows, 1)
-        texts = labels.column(found.values[:, 0].tolist()) if array is left else [
-            labels.value(v, precision) for v in found.values[:, 0]
-        ]  # fmt: skip
-        head = f"{labels.axis_prefix(c.layout, 'c')}{found.left}"
+        found = corner(s.c, array, p.rows, 1)
+        texts = (labels.column if array is s.left else _outputs(s))(found.values[:, 0].tolist())
+        head = f"{labels.axis_prefix(s.c.layout, 'c')}{found.left}"
         yield from (f"        {row:12}{text:>9}" for row, text in zip(["", *found.rows], [head, *texts], strict=True))
+
+
+def _outputs(s: Sides) -> Form:
+    return lambda numbers: [labels.value(number, s.precision) for number in numbers]
 
 
 def _height(c: Comparison) -> int:
@@ -110,30 +116,31 @@ def _tall(c: Comparison) -> bool:
     return c.x.ndim > 2 or len(c.traces) > 2
 
 
-def _lead(c: Comparison, title: str, array: Array, p: Plan) -> list[str]:
+def _lead(s: Sides, p: Plan) -> list[str]:
     """Row names and the input."""
-    names = ["", *corner(c, array, p.rows, p.columns).rows, *(["..."] if _rows(c) > p.rows else [])]
-    cells = _cells(c, array, p, labels.column, 4)
-    if p.columns < array.shape[c.layout.index("c")]:
+    c = s.c
+    names = ["", *corner(c, s.left, p.rows, p.columns).rows, *(["..."] if _rows(c) > p.rows else [])]
+    cells = _cells(c, s.left, p, labels.column, 4)
+    if p.columns < c.x.shape[c.layout.index("c")]:
         cells = [cells[0] + " ...", *(line + "    " for line in cells[1:])]
     margin = max(len(name) for name in names) + 4
     lines = [name.rjust(margin) + row for name, row in zip(names, cells, strict=True)]
-    head = [" " * margin + title.center(len(cells[0])), *([""] if _tall(c) else [])]
+    head = [" " * margin + s.title.center(len(cells[0])), *([""] if _tall(c) else [])]
     tail = ["    one mean for", "    variance"] if p.inline else []
     wide = max(len(line) for line in (*head, *lines, *tail)) + (2 if p.inline else 0)
     return [line.ljust(wide) for line in (*head, *lines, *tail)]
 
 
-def _block(c: Comparison, t: Trace, array: Array | None, p: Plan, precision: int) -> list[str]:
+def _block(s: Sides, t: Trace, array: Array | None, p: Plan) -> list[str]:
     """A norm's title, its values and its statistics; or why it has none."""
     pattern = str(t.norm.pattern) if len(str(t.norm.pattern)) <= header.LONG else ""
-    head = [t.norm.title, pattern] if _tall(c) else [f"{t.norm.title}   {pattern}".rstrip()]
+    head = [t.norm.title, pattern] if _tall(s.c) else [f"{t.norm.title}   {pattern}".rstrip()]
     if array is None:
         wide = max(26, *(len(line) for line in head))
-        why = labels.wrap(t.refused, wide) if len(c.traces) <= 2 else ["no variance: see below"]
+        why = labels.wrap(t.refused, wide) if len(s.arrays) <= 2 else ["no variance: see below"]
         return [line.ljust(wide) for line in (*head, "", *why)]
-    cells = _cells(c, array, p, lambda values: [labels.value(v, precision) for v in values], precision + 5)
-    tail = _under(c, t) if p.inline else []
+    cells = _cells(s.c, array, p, _outputs(s), s.precision + 5)
+    tail = _under(s.c, t) if p.inline else []
     wide = max(len(line) for line in (*head, *cells, *tail))
     pad = " " * ((wide - len(cells[0])) // 2)
     return [
@@ -142,7 +149,7 @@ def _block(c: Comparison, t: Trace, array: Array | None, p: Plan, precision: int
     ]
 
 
-def _cells(c: Comparison, array: Array, p: Plan, form: Callable[[Sequence[float]], list[str]], least: int) -> list[str]:
+def _cells(c: Comparison, array: Array, p: Plan, form: Form, least: int) -> list[str]:
     """A line of column names and the formatted corner of an array."""
     found = corner(c, array, p.rows, p.columns)
     texts = [list(row) for row in np.reshape(form(found.values.reshape(-1).tolist()), found.values.shape)]
@@ -217,8 +224,11 @@ def corner(c: Comparison, array: Array, rows: int, columns: int) -> Corner:
 
 
 def sparkline(values: Array, bins: int) -> str:
-    """A histogram from the least to the greatest value."""
-    counts, _ = np.histogram(values, bins)
+    """A histogram from the least to the greatest value, however far apart they are."""
+    low, high = values.min(), values.max()
+    half = high / 2 - low / 2  # the whole may overflow
+    shares = (values / 2 - low / 2) / half if half else np.full(1, 0.5)
+    counts, _ = np.histogram(shares, bins, range=(0, 1))
     levels = np.ceil(counts / max(counts.max(), 1) * (len(BLOCKS) - 1)).astype(int)
     return "".join(BLOCKS[level] for level in levels)
 

@@ -43,8 +43,9 @@ def render(c: Comparison, *, width: int, precision: int, color: bool, summary: b
 def _screen(c: Comparison, width: int, precision: int) -> Iterator[table.Renderable]:
     yield from _header(c, width)
     arrays = [(t, None if t.refused else t.y) for t in c.traces]
-    plan = table.plan(c, "input", c.x, arrays, width, precision)
-    yield from table.side_by_side(c, "input", c.x, arrays, width, precision, plan)
+    sides = table.Sides(c, "input", c.x, arrays, width, precision)
+    plan = table.plan(sides)
+    yield from table.side_by_side(sides, plan)
     if not plan.inline:
         yield from _statistics(c, width)
     if plan.rows * plan.columns < c.x.size:
@@ -145,8 +146,8 @@ def _gradient(c: Comparison, width: int, precision: int) -> Iterator[table.Rende
     yield from _headed("Backward: dL/dx for this dL/dy", width)
     dy = done[0][1].dy
     arrays = [(t, None if t.backward is None else t.backward.dx) for t in c.traces]
-    plan = table.plan(c, "dy", dy, arrays, width, precision, inline=False)
-    yield from table.side_by_side(c, "dy", dy, arrays, width, precision, plan)
+    sides = table.Sides(c, "dy", dy, arrays, width, precision)
+    yield from table.side_by_side(sides, table.plan(sides, inline=False))
     yield from cell.backward_steps(c, width)
 
 

@@ -1,8 +1,20 @@
-"""Which implementation of the operators runs on which device here, and why not a faster one."""
+"""Which implementation of the operators runs on which device here, and why not a faster one.
+
+The CPU kernels are one shared library for each instruction set. Loading it registers them with PyTorch's dispatcher, in
+place of the reference. ``NORMWISE_CPU`` forces one of avx512, avx2, baseline or reference.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
+
+INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
+"""For each capability of the chip, as torch names it, the libraries that run on it, the fastest first."""
+
+_cpu = "reference"
 
 
 def backends() -> dict[str, str]:
@@ -17,4 +29,36 @@ def backends() -> dict[str, str]:
     """
     threads = torch.get_num_threads()
     cuda = "reference" if torch.cuda.is_available() else "unavailable: no CUDA device"
-    return {"cpu": f"reference, {threads} thread{'s' if threads > 1 else ''}", "cuda": cuda}
+    return {"cpu": f"{_cpu}, {threads} thread{'s' if threads > 1 else ''}", "cuda": cuda}
+
+
+def usable() -> tuple[str, ...]:
+    """The instruction sets that this chip has, the fastest first."""
+    return INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+
+
+def load_cpu_kernels() -> None:
+    """Load the library that fits this chip, or the one that ``NORMWISE_CPU`` names; without one the reference runs.
+
+    Raises:
+        ValueError: If ``NORMWISE_CPU`` names a library that this chip cannot run or that was not built.
+    """
+    global _cpu
+    forced = os.environ.get("NORMWISE_CPU")
+    if forced == "reference":
+        return
+    if forced and forced not in usable():
+        raise ValueError(
+            f"NORMWISE_CPU: it must be one of {', '.join(usable())}, reference on this chip; got {forced!r}; unset it."
+        )
+    built = {
+        path.stem.removeprefix("libnormwise_"): path for folder in __path__ for path in Path(folder).glob("lib*.so")
+    }
+    choice = forced or next((name for name in usable() if name in built), None)
+    if choice is None:
+        _cpu = "reference (kernels not built; with a C++ compiler: pip install --no-build-isolation .)"
+        return
+    if choice not in built:
+        raise ValueError(f"NORMWISE_CPU: the {choice} kernels must be built; they were not; unset it.")
+    torch.ops.load_library(str(built[choice]))
+    _cpu = choice

@@ -9,8 +9,11 @@ A family has ``<name>`` (y alone, for when no gradient is needed), ``<name>_forw
 Its autograd functions join forward and backward; asked for a double backward, they differentiate the reference.
 """
 
+from ..kernels import load_cpu_kernels
 from .batch_norm import BatchNormEval, BatchNormTraining
 from .group_norm import GroupNorm
 from .layer_norm import LayerNorm, RMSNorm
 
 __all__ = ["BatchNormEval", "BatchNormTraining", "GroupNorm", "LayerNorm", "RMSNorm"]
+
+load_cpu_kernels()

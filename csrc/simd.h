@@ -1,0 +1,199 @@
+// One virtual vector of 64 bytes, made of the native vectors of the instruction set that this file is compiled for.
+// Every sum is taken over the lanes of the virtual vector, so its order does not depend on the instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace normwise {
+
+#if defined(__AVX512F__)
+constexpr int kNative = 64;
+#elif defined(__AVX__)
+constexpr int kNative = 32;
+#else
+constexpr int kNative = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The type in which values of type T are computed with.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// 16 floats or 8 doubles.
+template <class A>
+struct Vec {
+  static constexpr int lanes = 64 / sizeof(A);
+  static constexpr int parts = 64 / kNative;
+  static constexpr int per_part = kNative / sizeof(A);
+  typedef A Native __attribute__((vector_size(kNative)));
+  Native v[parts];
+
+  static Vec all(A a) {
+    Vec r;
+    for (int i = 0; i < parts; ++i) r.v[i] = Native{} + a;
+    return r;
+  }
+};
+
+#define NORMWISE_OPERATOR(op)                                  \
+  template <class A>                                           \
+  inline Vec<A> operator op(const Vec<A>& a, const Vec<A>& b) { \
+    Vec<A> r;                                                  \
+    for (int i = 0; i < Vec<A>::parts; ++i) r.v[i] = a.v[i] op b.v[i]; \
+    return r;                                                  \
+  }
+NORMWISE_OPERATOR(+)
+NORMWISE_OPERATOR(-)
+NORMWISE_OPERATOR(*)
+#undef NORMWISE_OPERATOR
+
+// The sum over the lanes, by halving.
+template <class A>
+inline A sum(const Vec<A>& a) {
+  A lane[Vec<A>::lanes];
+  std::memcpy(lane, a.v, sizeof lane);
+  for (int n = Vec<A>::lanes / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+// Zero in the lanes from n on, whatever stands there.
+template <class A>
+inline Vec<A> first(const Vec<A>& a, int n) {
+  A lane[Vec<A>::lanes];
+  std::memcpy(lane, a.v, sizeof lane);
+  for (int i = n; i < Vec<A>::lanes; ++i) lane[i] = 0;
+  Vec<A> r;
+  std::memcpy(r.v, lane, sizeof lane);
+  return r;
+}
+
+namespace detail {
+typedef float F __attribute__((vector_size(kNative)));
+typedef uint32_t U __attribute__((vector_size(kNative)));
+typedef uint16_t S __attribute__((vector_size(kNative / 2)));
+
+inline uint32_t bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+inline float real(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+// Halves in integers, for chips without the instruction.
+inline float widen(Half h) {
+  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  if (rest >= 0x7c00) return real(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest < 0x400) return real(sign | bits(float(rest) * 0x1p-24f));
+  return real(sign | ((rest << 13) + 0x38000000));
+}
+inline Half narrow(float f) {
+  uint32_t u = bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (a >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (a < 0x38800000) return {uint16_t(sign | (bits(real(a) + 0.5f) - bits(0.5f)))};  // the addition rounds
+  return {uint16_t(sign | ((a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13))};
+}
+}  // namespace detail
+
+inline Vec<float> load(const float* p) {
+  Vec<float> r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+inline Vec<float> load(const BFloat16* p) {
+  Vec<float> r;
+  for (int i = 0; i < Vec<float>::parts; ++i) {
+    detail::S s;
+    std::memcpy(&s, p + i * Vec<float>::per_part, sizeof s);
+    r.v[i] = (detail::F)(__builtin_convertvector(s, detail::U) << 16);
+  }
+  return r;
+}
+inline Vec<float> load(const Half* p) {
+  Vec<float> r;
+#if defined(__AVX512F__)
+  r.v[0] = (detail::F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  for (int i = 0; i < 2; ++i) r.v[i] = (detail::F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
+#else
+  float lane[16];
+  for (int i = 0; i < 16; ++i) lane[i] = detail::widen(p[i]);
+  std::memcpy(r.v, lane, 64);
+#endif
+  return r;
+}
+
+inline void store(float* p, const Vec<float>& a) { std::memcpy(p, a.v, 64); }
+inline void store(double* p, const Vec<double>& a) { std::memcpy(p, a.v, 64); }
+// To nearest even, in integers: the instruction would flush subnormal numbers to zero.
+inline void store(BFloat16* p, const Vec<float>& a) {
+  for (int i = 0; i < Vec<float>::parts; ++i) {
+    detail::U u = (detail::U)a.v[i];
+    detail::U rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    auto is_nan = (u & 0x7fffffff) > 0x7f800000;
+    detail::U chosen = is_nan ? (u >> 16 | 0x40) : rounded;
+    detail::S s = __builtin_convertvector(chosen, detail::S);
+    std::memcpy(p + i * Vec<float>::per_part, &s, sizeof s);
+  }
+}
+inline void store(Half* p, const Vec<float>& a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a.v[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  for (int i = 0; i < 2; ++i)
+    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)a.v[i], _MM_FROUND_TO_NEAREST_INT));
+#else
+  float lane[16];
+  std::memcpy(lane, a.v, 64);
+  for (int i = 0; i < 16; ++i) p[i] = detail::narrow(lane[i]);
+#endif
+}
+
+// The first n lanes alone; the others read as 0 and are not written.
+template <class T>
+inline Vec<Wide<T>> load(const T* p, int n) {
+  T lane[Vec<Wide<T>>::lanes] = {};
+  std::memcpy(lane, p, n * sizeof(T));
+  return load(lane);
+}
+template <class T>
+inline void store(T* p, const Vec<Wide<T>>& a, int n) {
+  T lane[Vec<Wide<T>>::lanes];
+  store(lane, a);
+  std::memcpy(p, lane, n * sizeof(T));
+}
+
+// One value.
+inline float get(const float* p) { return *p; }
+inline double get(const double* p) { return *p; }
+inline float get(const BFloat16* p) { return detail::real(uint32_t(p->bits) << 16); }
+inline float get(const Half* p) { return detail::widen(*p); }
+template <class T>
+inline void put(T* p, Wide<T> a) {
+  store(p, Vec<Wide<T>>::all(a), 1);
+}
+
+}  // namespace normwise

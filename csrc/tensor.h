@@ -1,0 +1,122 @@
+// What the operators share: types of tensors, loops over threads, and the arguments' memory.
+#pragma once
+
+#include <pthread.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "simd.h"
+
+namespace normwise {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <class T>
+constexpr ScalarType kType = ScalarType::Float;
+template <>
+constexpr ScalarType kType<double> = ScalarType::Double;
+template <>
+constexpr ScalarType kType<BFloat16> = ScalarType::BFloat16;
+template <>
+constexpr ScalarType kType<Half> = ScalarType::Half;
+
+template <class T>
+constexpr double largest() {
+  return std::is_same_v<T, double>     ? 1.7976931348623157e308
+         : std::is_same_v<T, Half>     ? 65504
+         : std::is_same_v<T, BFloat16> ? 0x1.fep127
+                                       : 0x1.fffffep127;
+}
+
+template <class T>
+inline const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+inline const T* data(const MaybeTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+template <class T>
+inline T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Call f with a value of the type that x holds.
+template <class F>
+inline auto with_type(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "normwise: unexpected type of x");
+      return f(float{});
+  }
+}
+
+inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A parameter in the type that the kernel computes with.
+template <class A>
+inline MaybeTensor parameter(const MaybeTensor& p) {
+  if (!p) return p;
+  if (p->scalar_type() == kType<A>) return packed(*p);
+  return packed(torch::stable::to(*p, kType<A>));
+}
+
+// The result, laid out in memory like the input that was copied to compute it.
+inline Tensor laid_out(const Tensor& result, const Tensor& input, bool copied) {
+  if (!copied) return result;
+  Tensor r = torch::stable::empty_like(input);
+  torch::stable::copy_(r, result);
+  return r;
+}
+
+// t in another type: what is narrower than the output is widened first, without loss, and the output rounded once.
+inline Tensor widened(const Tensor& t, std::optional<ScalarType> type) {
+  return !type || *type == t.scalar_type() ? t : torch::stable::to(t, *type);
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// The type to compute in for an output of this type, and the output from there.
+inline ScalarType computed(const Tensor& x, std::optional<ScalarType> out) {
+  const ScalarType t = out.value_or(x.scalar_type());
+  return t == x.scalar_type() || t == ScalarType::Double ? t : ScalarType::Float;
+}
+
+// What stands for a gradient that is not wanted.
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+
+// After a bare fork OpenMP's threads are gone and waiting for them hangs: the child runs alone.
+inline bool& forked() {
+  static bool is_child = false;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked() = true; });
+  (void)registered;
+  return is_child;
+}
+
+constexpr int64_t kGrain = 32768;  // values a thread should have to be worth waking
+
+template <class F>
+inline void parallel(int64_t n, int64_t values_each, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_each));
+  if (n <= grain || forked())
+    f(0, n);
+  else
+    torch::stable::parallel_for(0, n, grain, f);
+}
+
+}  // namespace normwise

@@ -1,0 +1,144 @@
+"""What only the kernels promise: R1, the same bits at any batch size, and R2, at any number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import Norm
+
+import normwise as nw
+from normwise.kernels import usable
+
+pytestmark = pytest.mark.skipif(nw.backends()["cpu"].startswith("reference"), reason="the CPU kernels were not built")
+
+HERE = Path(__file__).parent
+OTHERS = [name for name in (*usable(), "reference") if name not in cases.BACKENDS]
+INVARIANT = [norm for norm in cases.NORMS if norm.name != "batch_norm"]
+SHAPES = [(7, 6, 33), (5, 64, 9, 11), (70, 40), (3, 2, 4099), (66, 8, 130)]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def results(norm: Norm, x: torch.Tensor, dy: torch.Tensor, threads: int = 2) -> cases.Results:
+    torch.set_num_threads(threads)
+    shape = [x.shape[axis] for axis in norm.affine]
+    weight = torch.linspace(0.5, 1.5, torch.Size(shape).numel()).reshape(shape).to(x.dtype)
+    bias = weight - 1 if norm.centred else None
+    running = (torch.linspace(-1, 1, x.shape[1]), torch.linspace(1, 2, x.shape[1])) if norm.running(x) else None
+    return norm(x, weight, bias, dy, running=running)
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def fits(norm: Norm, shape: tuple[int, ...]) -> bool:
+    if len(shape) == 2:
+        return norm.name not in ("instance_norm", "layer_norm_of_two_axes")
+    return True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("norm", INVARIANT, ids=str)
+def test_an_example_has_the_same_bits_alone_and_in_any_batch(norm, shape, layout, dtype):
+    if not fits(norm, shape) or (layout == "channels_last" and len(shape) != 4):
+        return
+    x, dy = (t.to(dtype) for t in cases.draw(shape, 10.0))
+    if layout == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    whole = results(norm, x, dy)
+    for i in (0, shape[0] // 2, shape[0] - 1):
+        alone = results(norm, x[i : i + 1], dy[i : i + 1], threads=1)
+        assert torch.equal(alone.y, whole.y[i : i + 1])
+        assert torch.equal(alone.dx, whole.dx[i : i + 1])
+    order = torch.randperm(shape[0])
+    moved = results(norm, x[order], dy[order], threads=3)
+    assert torch.equal(moved.y, whole.y[order])
+    assert torch.equal(moved.dx, whole.dx[order])
+
+
+@pytest.mark.parametrize("offset", [1, 3, 5])
+@pytest.mark.parametrize("norm", cases.NORMS, ids=str)
+def test_bits_do_not_depend_on_alignment(norm, offset):
+    x, dy = cases.draw((6, 8, 35), 3.0)
+    shifted = []
+    for t in (x, dy):
+        room = torch.empty(t.numel() + offset)[offset:].view(t.shape)
+        shifted.append(room.copy_(t))
+    assert all(same(a, b) for a, b in zip(results(norm, x, dy)[:4], results(norm, *shifted)[:4], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(32, 16, 40, 40), (3000, 96), (4, 8, 9001)], ids=str)
+@pytest.mark.parametrize("norm", cases.NORMS, ids=str)
+def test_every_result_has_the_same_bits_at_any_number_of_threads(norm, shape, layout, dtype):
+    if not fits(norm, shape) or (layout == "channels_last" and len(shape) != 4):
+        return
+    x, dy = (t.to(dtype) for t in cases.draw(shape, 3.0))
+    if layout == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    one, *others = (results(norm, x, dy, threads) for threads in (1, 2, 3, 2))
+    for other in others:
+        assert all(same(a, b) for a, b in zip(one[:4], other[:4], strict=True))
+
+
+def test_running_statistics_have_the_same_bits_at_any_number_of_threads():
+    x = torch.randn(64, 16, 20, 20) * 3 + 100
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        mean, var = torch.zeros(16), torch.ones(16)
+        nw.functional.batch_norm(x, mean, var, training=True)
+        found.append((mean, var))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_the_exact_mean_cancels_even_where_the_spread_is_below_its_last_digit():
+    x = torch.full((3, 4097), 1e6)
+    x[:, ::2] += 0.0625
+    y = nw.functional.layer_norm(x, (4097,), eps=0.0)
+    assert torch.allclose(y[0, :2], torch.tensor([1.0, -1.0]), atol=1e-3)
+
+
+@pytest.mark.skipif("NORMWISE_CPU" in os.environ, reason="runs where no instruction set is forced")
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_contract_holds_on_every_other_instruction_set(name):
+    """Each in a process of its own: a library cannot be unloaded."""
+    files = ["test_contract.py"] if name == "reference" else ["test_contract.py", "test_kernels.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files],
+        cwd=HERE, env={**os.environ, "NORMWISE_CPU": name}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("avx1024", "must be one of"), ("", None), ("reference", None)],
+    ids=["unknown", "empty", "reference"],
+)
+def test_an_instruction_set_can_be_forced(name, words):
+    code = "import normwise as nw; print(nw.backends()['cpu'])"
+    env = {**os.environ, "NORMWISE_CPU": name}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    if words:
+        assert words in done.stderr
+        assert done.returncode == 1
+    else:
+        assert done.returncode == 0
+        assert done.stdout.startswith(name or tuple({"avx512", "avx2", "baseline"}))
