@@ -41,7 +41,7 @@ def test_parse(text: str, left: tuple, right: tuple, averaged: tuple):
     pattern = Pattern.parse(text)
     assert (pattern.left, pattern.right, pattern.averaged) == (left, right, averaged)
     assert Pattern.parse(str(pattern)) == pattern
-    assert pattern.averages_batch == (pattern.batch not in right)
+    assert pattern.averages_batch == any(name not in right for name in left[0])
 
 
 @pytest.mark.parametrize(
@@ -244,3 +244,8 @@ class TestFacts:
 def test_statistic_error_without_a_variance():
     assert facts(BATCH_NORM.at("nc"), {"n": 1, "c": 3}).statistic_error == math.inf
     assert facts(RMS_NORM.at("nc"), {"n": 3, "c": 1}, centred=False).statistic_error == math.sqrt(2)
+
+
+def test_a_split_batch_is_averaged_if_a_part_of_it_is():
+    assert Pattern.parse("(a b) c -> a c").averages_batch
+    assert not Pattern.parse("(a b) c -> a b").averages_batch

@@ -177,6 +177,8 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
 
 def _write(path: Path, content: str) -> None:
     """Write a file whole or not at all; a device or a pipe is written to as it is."""
+    if str(path) == "-":
+        raise ValueError("html: it must be the path of a file; got '-'; standard output is for the text and --json.")
     data = content.encode("utf-8", "replace")
     target = Path(os.path.realpath(path))
     try:

@@ -81,7 +81,7 @@ class Pattern:
     @property
     def averages_batch(self) -> bool:
         """True if examples of the batch share statistics. Everything particular to Batch Norm follows from this."""
-        return self.batch in self.averaged
+        return any(name in self.averaged for name in self.left[0])
 
     def expand(self, ndim: int) -> Pattern:
         """Replace ``...`` by as many named axes as an input of ``ndim`` dimensions has there.
