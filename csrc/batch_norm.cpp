@@ -95,6 +95,8 @@ void update_running_(Tensor running_mean, Tensor running_var, MaybeTensor num_ba
   const int64_t channels = running_mean.numel(), rows = channels ? mean.numel() / channels : 0;
   double factor = momentum.value_or(0);
   if (num_batches_tracked) {
+    STD_TORCH_CHECK(num_batches_tracked->scalar_type() == ScalarType::Long,
+                    "batch_norm: num_batches_tracked must be int64; it is not; convert it with .long().");
     const int64_t steps = ++*out<int64_t>(*num_batches_tracked);
     if (!momentum) factor = 1.0 / double(steps);
   }

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ import normwise as nw
 from normwise.definitions import DEFINITIONS, LAYOUTS, facts
 
 ROOT = Path(__file__).parents[1]
+OURS = 1e-7 if cases.EXACT_SUMS else 2e-7  # A1
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 f = nw.functional
 
@@ -134,14 +136,14 @@ def images(ratio: float, *, channels_last: bool = False) -> Tensor:
 @pytest.mark.parametrize("norm", CALLS)
 def test_results_agree_with_torch_at_a_small_mean(norm: str) -> None:
     assert error(norm, F, images(0.5)) < 1e-6
-    assert error(norm, f, images(0.5)) < 2e-7
+    assert error(norm, f, images(0.5)) < OURS
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("norm", ["layer_norm", "group_norm", "batch_norm"])
 def test_error_does_not_grow_with_the_mean(norm: str, channels_last: bool) -> None:
     x = images(1e4, channels_last=channels_last)
-    assert error(norm, f, x) < 2e-7
+    assert error(norm, f, x) < OURS
     assert error(norm, F, x) > (1 if norm == "group_norm" and channels_last else 1e-4)
 
 

@@ -577,7 +577,9 @@ def test_normalize_equals_each_family(
         ours, theirs = nf.normalize(leaf, pattern, affine, weight, bias, **sizes), family(leaf, weight, bias)
         assert torch.equal(ours, theirs)
         assert torch.equal(*(torch.autograd.grad(y, leaf, dy)[0] for y in (ours, theirs)))
-        torch.testing.assert_close(nf.normalize(leaf, pattern, **sizes), family(leaf, None, None), rtol=1e-5, atol=1e-6)
+        ours, theirs = nf.normalize(leaf, pattern, **sizes), family(leaf, None, None)
+        assert torch.equal(ours, theirs) or not cases.EXACT_SUMS
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 SPLIT = (N, 2, C // 2, H, W)

@@ -134,6 +134,7 @@ def test_out_dtype_is_the_type_of_y_alone(out_dtype: torch.dtype | None):
         assert torch.equal(y, alone(*arguments, out_dtype))
         # exactly so on the reference; kernels accumulate in float32, which may move the rounding by one step
         exact = forward(*arguments, torch.float64)[0]
+        assert torch.equal(y, exact.to(wide)) or not cases.EXACT_SUMS
         torch.testing.assert_close(y.double(), exact, rtol=max(torch.finfo(wide).eps, 1e-6), atol=1e-6)
         assert {s.dtype for s in statistics} == {torch.float64}
 
@@ -459,7 +460,7 @@ def test_autocast_on_cpu_follows_torchs_policy(
             torch.testing.assert_close(y, theirs, rtol=tolerance, atol=tolerance)
     assert y.dtype == dtype
     exact = norm.truth(x, weight, bias, x)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not cases.EXACT_SUMS:
         assert cases.error(y, exact.y) <= cases.A1["y"]
     else:
         assert ((y.double() - exact.y).abs() <= cases.a2_elementwise(exact.y, exact.y_terms, dtype)).all()

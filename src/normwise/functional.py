@@ -46,7 +46,7 @@ def layer_norm(
         ValueError: If shapes or devices do not fit, or eps is negative.
 
     Numerics:
-        Biased variance; float64 accumulation, one rounding at the end. Backward keeps mean and rstd in float64.
+        Biased variance; accumulated in float32 or wider, rounded once. Backward keeps mean and rstd in float64.
 
     Example:
         >>> layer_norm(torch.tensor([[2.0, 4.0, 6.0]]), (3,))
@@ -88,7 +88,7 @@ def rms_norm(
         ValueError: If shapes or devices do not fit, or eps is negative.
 
     Numerics:
-        float64 accumulation, one rounding at the end. Backward keeps rstd in float64.
+        Accumulated in float32 or wider, rounded once. Backward keeps rstd in float64.
 
     Example:
         >>> rms_norm(torch.tensor([[2.0, 4.0, 6.0]]), (3,))
@@ -140,7 +140,7 @@ def group_norm(
         ValueError: If shapes or devices do not fit, eps is negative, or a batch of one has one value a group.
 
     Numerics:
-        Biased variance; float64 accumulation, one rounding at the end. Backward keeps mean and rstd in float64.
+        Biased variance; accumulated in float32 or wider, rounded once. Backward keeps mean and rstd in float64.
 
     Example:
         >>> group_norm(torch.tensor([[2.0, 4.0, 6.0, 8.0]]), 2)
@@ -196,7 +196,7 @@ def instance_norm(
             needed and missing.
 
     Numerics:
-        Biased variance; float64 accumulation, one rounding at the end. Backward keeps mean and rstd in float64.
+        Biased variance; accumulated in float32 or wider, rounded once. Backward keeps mean and rstd in float64.
 
     Example:
         >>> instance_norm(torch.tensor([[[1.0, 3.0], [10.0, 30.0]]]))
@@ -268,8 +268,8 @@ def batch_norm(
             running statistics are needed and missing.
 
     Numerics:
-        Normalizes by the biased variance and remembers the unbiased one, as PyTorch does. float64 accumulation, one
-        rounding at the end. Backward keeps mean and variance in float64. A forward recomputed by activation
+        Normalizes by the biased variance and remembers the unbiased one, as PyTorch does. Accumulated in
+        float32 or wider, rounded once. Backward keeps mean and variance in float64. A forward recomputed by activation
         checkpointing does not move the running statistics again.
 
     Example:
@@ -343,7 +343,7 @@ def normalize(
         ValueError: If the pattern is none, or shapes do not fit it.
 
     Numerics:
-        Biased variance; float64 accumulation, one rounding at the end.
+        Biased variance; accumulated in float32 or wider, rounded once.
 
     Example:
         >>> x = torch.tensor([[[2.0, 4.0, 6.0], [1.0, 5.0, 9.0]]])
