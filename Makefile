@@ -2,17 +2,21 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help compare test format clean
+.PHONY: help compare test sanitize fuzz bench format clean
 
 help:
 	@echo "make compare   install into $(VENV), compare Batch Norm and Layer Norm, write compare.html"
 	@echo "make test      install into $(VENV), check format, lint and types, run examples and tests"
+	@echo "make sanitize  run the tests of the kernels with every access and operation checked; NORMWISE_CPU names others"
+	@echo "make fuzz      try random norms, shapes, types, layouts and values for FUZZ_MINUTES=10"
+	@echo "make bench     time every norm beside its peers on an idle machine; shorter: BENCH_ARGS=--quick, others: --help"
 	@echo "make format    format the code and repair what the linter can"
 	@echo "make clean     remove $(VENV) and everything else that was made"
 
@@ -24,19 +28,41 @@ compare: $(VENV)/installed-lab
 step = echo "== $(1)"; $(2) || { echo "make test: $(1) failed; $(3)." >&2; exit 1; }
 
 test: $(VENV)/installed-dev
-	@for tool in ruff mypy pytest; do \
-	    $(BIN)/python -m $$tool --version >/dev/null 2>&1 || \
+	@for tool in ruff mypy pytest clang-format; do \
+	    $(BIN)/$$tool --version >/dev/null 2>&1 || \
 	    { echo "make test: $$tool is missing in $(VENV); run 'make clean', then 'make test'." >&2; exit 1; }; \
 	done
 	@$(call step,ruff format --check,$(BIN)/python -m ruff format --check .,run 'make format')
 	@$(call step,ruff check,$(BIN)/python -m ruff check .,run 'make format' and repair the rest by hand)
+	@$(call step,clang-format,$(BIN)/clang-format --dry-run --Werror csrc/*,run 'make format')
 	@$(call step,mypy,$(BIN)/python -m mypy,repair the types above)
 	@for script in examples/*.py; do \
 	    $(call step,$$script,$(BIN)/python $$script >$(VENV)/example.log 2>&1 || { cat $(VENV)/example.log; false; },its output is above); \
 	done
 	@$(call step,pytest,$(BIN)/python -m pytest $(PYTEST_ARGS),the failures are above)
 
+# One library, with GCC's address and undefined behaviour sanitizers. They must be loaded before Python, and libstdc++ with
+# them, else the first exception of C++ finds nobody to throw it. Python itself ends without freeing: no search for leaks.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/installed-dev
+	@$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DNORMWISE_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython3_EXECUTABLE=$(abspath $(BIN)/python) >$(VENV)/sanitize.log
+	@cpu=$${NORMWISE_CPU:-$$($(BIN)/python -c 'from normwise.kernels import usable; print(usable()[0])')} && \
+	$(BIN)/cmake --build $(SANITIZED) --target normwise_$$cpu && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	NORMWISE_CPU=$(SANITIZED)/libnormwise_$$cpu.so \
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_kernels.py tests/test_contract.py tests/test_fuzz.py
+
+FUZZ_MINUTES ?= 10
+fuzz: $(VENV)/installed-dev
+	@$(BIN)/python tests/test_fuzz.py $(FUZZ_MINUTES)
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
 format: $(VENV)/installed-dev
+	$(BIN)/clang-format -i csrc/*
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
@@ -50,6 +76,9 @@ $(VENV)/installed-lab: $(SOURCES) | $(VENV)/made
 
 $(VENV)/installed-dev: $(SOURCES) | $(VENV)/made
 	@$(call install,lab$(comma)dev)
+
+$(VENV)/installed-bench: $(SOURCES) | $(VENV)/made
+	@$(call install,bench)
 
 # torch comes first, and nothing is built in isolation, so that the kernels meet the torch that they will run with.
 comma := ,

@@ -1,92 +1,191 @@
 // batch_norm: every channel has its own statistics, over all samples, or those that it is given.
 #include "channels.h"
+#include "exact_sum.h"
 
 namespace normwise {
 namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+// A channel's values as the loops walk them. Over rows without positions, samples are positions of one.
+Channels channels_of(const Tensor& x, bool by_sample) {
+  Channels in(x);
+  View& v = in.view;
+  if (v.interleaved && !by_sample) v = {std::min<int64_t>(v.n, 1), v.c, v.n * v.s, true, true};
+  return in;
+}
+
+// The sums of one channel over all samples, in an order-free way if `exactly`.
+void merge(ByChannel<Part>& parts, const View& v, int64_t c, bool exactly, double& mean, double& var) {
+  const auto each = [&](const auto& f) {
+    for (int64_t n = 0; n < v.n; ++n)
+      for (int64_t k = 0; k < parts.chunks; ++k) f(parts.of(n * v.c + c, k));
+  };
+  if (exactly) {
+    int64_t sum[kSlots] = {}, squares[kSlots] = {};  // of x, about zero
+    double count = 0;
+    each([&](const Part& p) {
+      const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
+      const Pair square =
+          two_product(p.anchor, p.anchor) * p.count + two_product(2 * p.anchor, p.sum) + Pair{p.squares, 0};
+      deposit(sum, all.hi), deposit(sum, all.lo);
+      deposit(squares, square.hi), deposit(squares, square.lo);
+      count += p.count;
+    });
+    if (!sum[kDigits] && !squares[kDigits]) {
+      const Pair total = value_of(sum), average = total / std::max(count, 1.0);
+      const Pair product = total * average;
+      const Pair m2 = value_of(squares) + Pair{-product.hi, -product.lo};
+      mean = average.hi;
+      var = std::max(0.0, m2.hi / std::max(count, 1.0));
+      return;
+    }
+  }
+  Part all;
+  each([&](const Part& p) { all += p; });
+  mean = all.mean(), var = all.var();
+}
+
+GradientSums merge(ByChannel<GradientSums>& parts, const View& v, int64_t c, bool exactly) {
+  GradientSums all;
+  int64_t dy[kSlots] = {}, dyc[kSlots] = {};
+  for (int64_t n = 0; n < v.n; ++n)
+    for (int64_t k = 0; k < parts.chunks; ++k) {
+      const GradientSums& p = parts.of(n * v.c + c, k);
+      all += p;
+      if (exactly) deposit(dy, p.dy), deposit(dyc, p.dyc);
+    }
+  if (exactly && !dy[kDigits] && !dyc[kDigits]) all = {value_of(dy).hi, value_of(dyc).hi};
+  return all;
+}
+
+// y from statistics of shape (C).
 template <class T>
 Tensor transformed(const Channels& in, const Tensor& input, const double* mean, const double* var, double eps,
-                   const MaybeTensor& weight, const MaybeTensor& bias, const Mask& mask) {
-  const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias);
-  Affine<T> a(in.view.c);
-  for (int64_t c = 0; c < in.view.c; ++c) {
+                   const MaybeTensor& weight, const MaybeTensor& bias, const Mask& mask, const MaybeTensor& residual,
+                   bool relu) {
+  const View& v = in.view;
+  const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias), added = in.in_order(residual);
+  Affine<T> a(v, true);
+  for (int64_t c = 0; c < v.c; ++c) {
     const double rstd = 1 / std::sqrt(var[c] + eps);
-    a.center(c, mean[c], rstd);
-    a.set(c, rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
+    a.forward(c, mean[c], rstd, rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
   }
-  Tensor y = in.like();
-  transform(data<T>(in.x), out<T>(y), in.view, a, mask);
+  Tensor y = fresh_like(in.x);
+  const Forward<T> transform{data<T>(in.x), out<T>(y), data<T>(added), relu};
+  parallel(lines_of(v), 3 * length_of(v), [&](int64_t begin, int64_t end) { transform(v, a, mask, begin, end); });
   return laid_out(y, input, in.copied);
 }
 
-Tensor batch_norm(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight, MaybeTensor bias, double eps,
-                  MaybeTensor mask) {
-  const Channels in(x, true);
+Tensor eval(const Tensor& x, const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& weight,
+            const MaybeTensor& bias, double eps, const MaybeTensor& mask, const MaybeTensor& residual, bool relu) {
+  const Channels in = channels_of(x, false);
   const MaybeTensor mean = parameter<double>(running_mean), var = parameter<double>(running_var);
   return with_type(x, [&](auto tag) {
     return transformed<decltype(tag)>(in, x, data<double>(mean), data<double>(var), eps, weight, bias,
-                                      Mask(mask, in.view));
+                                      Mask(mask, in.view), residual, relu);
   });
 }
 
-Three batch_norm_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps, MaybeTensor mask) {
-  const Channels in(x, true);
+Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps, const MaybeTensor& mask,
+              const MaybeTensor& residual, bool relu, bool reproducible) {
+  const Channels in = channels_of(x, reproducible);
   const View& v = in.view;
   Tensor mean = empty(x, {v.c}, ScalarType::Double), var = empty(x, {v.c}, ScalarType::Double);
   return with_type(x, [&](auto tag) -> Three {
     using T = decltype(tag);
     const Mask valid(mask, v);
-    const T* xs = data<T>(in.x);
-    const auto parts = mask ? masked_parts(xs, v, valid) : channel_parts(xs, v, eps);
-    for (int64_t c = 0; c < v.c; ++c) {
-      Part all;
-      for (int64_t n = 0; n < v.n; ++n) all.merge(parts[n * v.c + c]);
-      out<double>(mean)[c] = all.mean;
-      out<double>(var)[c] = all.count ? all.m2 / all.count : 0;
-    }
-    return {transformed<T>(in, x, data<double>(mean), data<double>(var), eps, weight, bias, valid), mean, var};
+    auto parts = channel_parts(data<T>(in.x), v, valid, eps);
+    parallel(v.c, 64 * v.n * parts.chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) merge(parts, v, c, reproducible, out<double>(mean)[c], out<double>(var)[c]);
+    });
+    return {transformed<T>(in, x, data<double>(mean), data<double>(var), eps, weight, bias, valid, residual, relu),
+            mean, var};
   });
 }
 
-Three batch_norm_backward(Tensor grad, Tensor x, Tensor mean_, Tensor var_, double eps, bool training, MaybeTensor mask,
-                          MaybeTensor weight, std::optional<ScalarType> bias_dtype, std::vector<bool> wanted) {
-  const Channels in(x, true);
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// With y, the gradient of a relu comes first; wanted[3] asks for the residual's.
+Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const Tensor& mean_, const Tensor& var_,
+              double eps, bool training, const MaybeTensor& mask, bool reproducible, const MaybeTensor& weight,
+              std::optional<ScalarType> bias_dtype, const std::vector<bool>& wanted) {
+  const Channels in = channels_of(x, reproducible);
   const Tensor dy = in.in_order(grad);
+  const MaybeTensor opened = in.in_order(y);
   const View& v = in.view;
   const Mask valid(mask, v);
   const MaybeTensor m = parameter<double>(mean_), s = parameter<double>(var_), w = parameter<double>(weight);
-  const bool want_dw = wanted[1] && weight, want_db = wanted[2] && bias_dtype;
+  const bool want_dw = wanted[1] && weight, want_db = wanted[2] && bias_dtype, want_dr = wanted.size() > 3 && wanted[3];
   std::vector<double> dweight(v.c), dbias(v.c);
-  Tensor dx = wanted[0] ? in.like() : nothing(x);
+  Tensor dx = wanted[0] || want_dr ? fresh_like(in.x) : nothing(x), dr = want_dr ? fresh_like(in.x) : nothing(x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    Affine<T> a(v.c);
-    std::vector<double> rstd(v.c);
-    for (int64_t c = 0; c < v.c; ++c) {
-      rstd[c] = 1 / std::sqrt(data<double>(s)[c] + eps);
-      a.center(c, data<double>(m)[c], rstd[c]);
+    const double *means = data<double>(m), *vars = data<double>(s);
+    const Gradient<T> gradient{
+        {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr};
+    Affine<T> a(v, true);
+    for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
+    ByChannel<GradientSums> sums(View{});
+    if (training || want_dw || want_db) sums = gradient_sums(gradient.dy, gradient.x, v, a, valid);
+    double count = double(v.n * v.s);
+    if (valid) {
+      count = 0;
+      for (int64_t n = 0; n < v.n; ++n) count += valid.count(n);
     }
-    std::vector<GradientSums> sums(v.channels());
-    if (training || want_dw || want_db) sums = gradient_sums(data<T>(dy), data<T>(in.x), v, a, valid);
-    const double count = std::max(1.0, valid.valid ? valid.count(v) : double(v.n * v.s));
-    for (int64_t c = 0; c < v.c; ++c) {
-      GradientSums all;
-      for (int64_t n = 0; n < v.n; ++n) all += sums[n * v.c + c];
-      const double rest = training ? all.c / count : data<double>(m)[c] - double(a.hi[c]);  // what the mean has beside hi
-      const double dyx = (all.dyc - all.dy * rest) * rstd[c];
-      dweight[c] = dyx;
-      dbias[c] = all.dy;
-      const double alpha = rstd[c] * at(data<double>(w), c, 1);
-      const double beta = training ? alpha * rstd[c] * dyx / count : 0;
-      a.set(c, alpha, training ? alpha * all.dy / count - rest * beta : 0, beta);
-    }
-    if (wanted[0]) gradient(data<T>(dy), data<T>(in.x), out<T>(dx), v, a, valid);
+    count = std::max(count, 1.0);
+    parallel(v.c, 64 * v.n * sums.chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const double rstd = 1 / std::sqrt(vars[c] + eps), alpha = rstd * at(data<double>(w), c, 1);
+        GradientSums all;
+        if (!sums.parts.empty()) all = merge(sums, v, c, reproducible);
+        dweight[c] = v.values() ? (all.dyc - all.dy * (means[c] - double(a.hi[c]))) * rstd : 0;
+        dbias[c] = all.dy;
+        const double slope = training ? alpha * rstd * dweight[c] / count : 0;
+        a.backward(c, means[c], rstd, alpha, slope, training ? alpha * all.dy / count : 0);
+      }
+    });
+    if (wanted[0] || want_dr)
+      parallel(lines_of(v), 3 * length_of(v), [&](int64_t begin, int64_t end) { gradient(v, a, valid, begin, end); });
   });
   if (wanted[0]) dx = laid_out(dx, x, in.copied);
-  return {dx, want_dw ? rounded(dweight, x, weight->scalar_type()) : nothing(x),
-          want_db ? rounded(dbias, x, *bias_dtype) : nothing(x)};
+  if (want_dr) dr = laid_out(dr, x, in.copied);
+  return {wanted[0] ? dx : nothing(x), want_dw ? rounded(dweight, x, weight->scalar_type()) : nothing(x),
+          want_db ? rounded(dbias, x, *bias_dtype) : nothing(x), dr};
+}
+
+Tensor batch_norm(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight, MaybeTensor bias, double eps,
+                  MaybeTensor mask) {
+  return eval(x, running_mean, running_var, weight, bias, eps, mask, {}, false);
+}
+
+Tensor batch_norm_relu(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight, MaybeTensor bias,
+                       double eps, MaybeTensor mask, MaybeTensor residual) {
+  return eval(x, running_mean, running_var, weight, bias, eps, mask, residual, true);
+}
+
+Three batch_norm_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps, MaybeTensor mask,
+                         bool reproducible) {
+  return forward(x, weight, bias, eps, mask, {}, false, reproducible);
+}
+
+Three batch_norm_relu_forward(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps, MaybeTensor mask,
+                              MaybeTensor residual, bool reproducible) {
+  return forward(x, weight, bias, eps, mask, residual, true, reproducible);
+}
+
+Three batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, double eps, bool training, MaybeTensor mask,
+                          bool reproducible, MaybeTensor weight, std::optional<ScalarType> bias_dtype,
+                          std::vector<bool> output_mask) {
+  auto [dx, dw, db, dr] =
+      backward(dy, {}, x, mean, var, eps, training, mask, reproducible, weight, bias_dtype, output_mask);
+  return {dx, dw, db};
+}
+
+Four batch_norm_relu_backward(Tensor dy, Tensor y, Tensor x, Tensor mean, Tensor var, double eps, bool training,
+                              MaybeTensor mask, bool reproducible, MaybeTensor weight,
+                              std::optional<ScalarType> bias_dtype, std::vector<bool> output_mask) {
+  return backward(dy, y, x, mean, var, eps, training, mask, reproducible, weight, bias_dtype, output_mask);
 }
 
 // running = (1 - momentum) * running + momentum * batch, for statistics of shape (C) or (N, C), averaged over N.
@@ -100,7 +199,8 @@ void update_running_(Tensor running_mean, Tensor running_var, MaybeTensor num_ba
     const int64_t steps = ++*out<int64_t>(*num_batches_tracked);
     if (!momentum) factor = 1.0 / double(steps);
   }
-  const MaybeTensor valid = mask ? MaybeTensor(packed(*mask)) : mask, m = parameter<double>(mean), v = parameter<double>(var);
+  const MaybeTensor valid = mask ? MaybeTensor(packed(*mask)) : mask, m = parameter<double>(mean),
+                    v = parameter<double>(var);
   std::vector<double> n(rows, double(count));
   if (valid && rows) {
     const int64_t each = valid->numel() / rows;
@@ -141,6 +241,9 @@ STABLE_TORCH_LIBRARY_IMPL(normwise, CPU, m) {
   m.impl("batch_norm_forward", TORCH_BOX(&batch_norm_forward));
   m.impl("update_running_", TORCH_BOX(&update_running_));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
+  m.impl("batch_norm_relu_forward", TORCH_BOX(&batch_norm_relu_forward));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
 }
 
 }  // namespace normwise

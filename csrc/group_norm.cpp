@@ -1,4 +1,5 @@
-// group_norm, and with a group for each channel instance_norm: every group of channels of a sample has its own statistics.
+// group_norm, and with a group for each channel instance_norm: every group of channels of a sample has its own
+// statistics.
 #include "channels.h"
 
 namespace normwise {
@@ -6,40 +7,58 @@ namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// The statistics of every group of every sample.
-template <class T>
-std::vector<Part> group_parts(const T* x, const View& v, int64_t groups, double eps, const Mask& mask) {
-  const int64_t width = v.c / groups;
-  if (!v.interleaved && !mask.valid) return channel_parts(x, View{v.n, groups, width * v.s, false}, eps);  // a group is contiguous
-  const auto parts = mask.valid ? masked_parts(x, v, mask) : channel_parts(x, v, eps);
-  std::vector<Part> merged(v.n * groups);
-  for (int64_t i = 0; i < v.channels(); ++i) merged[i / width].merge(parts[i]);
-  return merged;
+void check_groups(const Tensor& x, int64_t groups) {
+  STD_TORCH_CHECK(groups > 0 && x.size(1) % groups == 0, "group_norm: num_groups must divide the ", x.size(1),
+                  " channels; got ", groups, "; choose a divisor.");
 }
 
 Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
               const MaybeTensor& mask, std::optional<ScalarType> out_dtype) {
+  check_groups(input, groups);
   const Tensor x = widened(input, computed(input, out_dtype));
-  const Channels in(x, false);
+  const Channels in(x);
   const View& v = in.view;
   const Mask valid(mask, v);
-  Tensor y = in.like(), mean = empty(x, {x.size(0), groups}, ScalarType::Double),
+  Tensor y = fresh_like(in.x), mean = empty(x, {x.size(0), groups}, ScalarType::Double),
          rstd = empty(x, {x.size(0), groups}, ScalarType::Double);
   const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    const auto parts = group_parts(data<T>(in.x), v, groups, eps, valid);
-    Affine<T> a(v.channels());
-    for (int64_t g = 0; g < v.n * groups; ++g) {
-      const double r = 1 / std::sqrt((parts[g].count ? parts[g].m2 / parts[g].count : 0) + eps);
-      out<double>(mean)[g] = parts[g].mean;
+    const T* xs = data<T>(in.x);
+    const int64_t width = v.c / groups;
+    const Forward<T> transform{xs, out<T>(y)};
+    Affine<T> a(v, false);
+    const auto set = [&](int64_t g, const Part& p) {
+      const double m = p.mean(), r = 1 / std::sqrt(p.var() + eps);
+      out<double>(mean)[g] = m;
       out<double>(rstd)[g] = r;
-      for (int64_t i = g * (v.c / groups); i < (g + 1) * (v.c / groups); ++i) {
-        a.center(i, parts[g].mean, r);
-        a.set(i, r * at(data<double>(w), i % v.c, 1), at(data<double>(b), i % v.c, 0));
-      }
+      for (int64_t i = g * width; i < (g + 1) * width; ++i)
+        a.forward(i, m, r, r * at(data<double>(w), i % v.c, 1), at(data<double>(b), i % v.c, 0));
+    };
+    if (v.interleaved) {
+      auto parts = channel_parts(xs, v, valid, eps);
+      parallel(v.n * groups, 16 * width, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+          Part all;
+          for (int64_t i = g * width; i < (g + 1) * width; ++i) all += parts.all(i);
+          set(g, all);
+        }
+      });
+      return parallel(lines_of(v), 3 * v.c, [&](int64_t begin, int64_t end) { transform(v, a, valid, begin, end); });
     }
-    transform(data<T>(in.x), out<T>(y), v, a, valid);
+    // A group lies in one piece, and stays in the cache between its sums and their use.
+    parallel(v.n * groups, 3 * width * v.s, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        Part all;
+        if (valid)
+          for (int64_t i = g * width; i < (g + 1) * width; ++i)
+            all += part_of(xs + i * v.s, v.s, true, eps, valid.as<Wide<T>>(g / groups).data());
+        else
+          all = part_of(xs + g * width * v.s, width * v.s, true, eps);
+        set(g, all);
+        transform(v, a, valid, g * width, (g + 1) * width);
+      }
+    });
   });
   return {widened(laid_out(y, x, in.copied), out_dtype), mean, rstd};
 }
@@ -56,38 +75,67 @@ Three group_norm_forward(Tensor x, int64_t num_groups, MaybeTensor weight, Maybe
 
 Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, int64_t groups, MaybeTensor mask,
                           MaybeTensor weight, std::optional<ScalarType> bias_dtype, std::vector<bool> wanted) {
+  check_groups(input, groups);
   const Tensor x = widened(input, grad.scalar_type());  // y may be wider than x
-  const Channels in(x, false);
+  const Channels in(x);
   const Tensor dy = in.in_order(grad);
   const View& v = in.view;
   const Mask valid(mask, v);
   const MaybeTensor w = parameter<double>(weight);
   const bool want_dw = wanted[1] && weight, want_db = wanted[2] && bias_dtype;
   std::vector<double> dweight(v.c), dbias(v.c);
-  Tensor dx = wanted[0] ? in.like() : nothing(x);
+  Tensor dx = wanted[0] ? fresh_like(in.x) : nothing(x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    const int64_t width = groups ? v.c / groups : 0;
-    const double* rs = data<double>(rstd);
-    Affine<T> a(v.channels());
-    for (int64_t i = 0; i < v.channels(); ++i) a.center(i, data<double>(mean)[i / width], rs[i / width]);
-    const auto sums = gradient_sums(data<T>(dy), data<T>(in.x), v, a, valid);
-    for (int64_t g = 0; g < v.n * groups; ++g) {
-      const double count = std::max(1.0, double(width) * (valid.valid ? valid.count(v, g / groups) : double(v.s)));
-      double rest = 0, s1 = 0, s2 = 0;
-      for (int64_t i = g * width; i < (g + 1) * width; ++i) rest += sums[i].c / count;
+    const int64_t width = v.c / groups;
+    const double *ms = data<double>(mean), *rs = data<double>(rstd);
+    const T* xs = data<T>(in.x);
+    const Gradient<T> gradient{{data<T>(dy)}, xs, wanted[0] ? out<T>(dx) : nullptr};
+    Affine<T> a(v, false);
+    ByChannel<GradientSums> sums(v);
+    const auto center = [&](int64_t g) {
+      for (int64_t i = g * width; i < (g + 1) * width; ++i) a.backward(i, ms[g], rs[g], 0, 0, 0);
+    };
+    // From the sums of the values' differences from hi to those from the mean, times rstd; and what dx needs.
+    const auto set = [&](int64_t g) {
+      const double count = std::max(1.0, double(width) * (valid ? valid.count(g / groups) : double(v.s)));
+      double s1 = 0, s2 = 0;
       for (int64_t i = g * width; i < (g + 1) * width; ++i) {
-        const double dyx = (sums[i].dyc - sums[i].dy * rest) * rs[g], wi = at(data<double>(w), i % v.c, 1);
-        dweight[i % v.c] += dyx;
-        dbias[i % v.c] += sums[i].dy;
-        s1 += wi * sums[i].dy;
-        s2 += wi * dyx;
+        GradientSums& s = sums.of(i);
+        s.dyc = v.s ? (s.dyc - s.dy * (ms[g] - double(a.hi[i]))) * rs[g] : 0;
+        s1 += at(data<double>(w), i % v.c, 1) * s.dy;
+        s2 += at(data<double>(w), i % v.c, 1) * s.dyc;
       }
-      const double beta = rs[g] * rs[g] * s2 / count;
       for (int64_t i = g * width; i < (g + 1) * width; ++i)
-        a.set(i, rs[g] * at(data<double>(w), i % v.c, 1), rs[g] * s1 / count - rest * beta, beta);
+        a.backward(i, ms[g], rs[g], rs[g] * at(data<double>(w), i % v.c, 1), rs[g] * rs[g] * s2 / count,
+                   rs[g] * s1 / count);
+    };
+    if (v.interleaved) {
+      for (int64_t g = 0; g < v.n * groups; ++g) center(g);
+      auto chunks = gradient_sums(gradient.dy, xs, v, a, valid);
+      parallel(v.n * groups, 32 * width, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * width; i < end * width; ++i) sums.of(i) = chunks.all(i);
+        for (int64_t g = begin; g < end; ++g) set(g);
+      });
+      if (wanted[0])
+        parallel(lines_of(v), 3 * v.c, [&](int64_t begin, int64_t end) { gradient(v, a, valid, begin, end); });
+    } else {
+      parallel(v.n * groups, 3 * width * v.s, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+          const auto kept = valid.as<Wide<T>>(g / groups);
+          center(g);
+          for (int64_t i = g * width; i < (g + 1) * width; ++i)
+            sums.of(i) = line_sums(gradient.dy, xs, v, i, double(a.hi[i]), a.any_extreme && a.extreme[i],
+                                   valid ? kept.data() : nullptr);
+          set(g);
+          if (wanted[0]) gradient(v, a, valid, g * width, (g + 1) * width);
+        }
+      });
     }
-    if (wanted[0]) gradient(data<T>(dy), data<T>(in.x), out<T>(dx), v, a, valid);
+    for (int64_t i = 0; i < v.channels(); ++i) {
+      dweight[i % v.c] += sums.of(i).dyc;
+      dbias[i % v.c] += sums.of(i).dy;
+    }
   });
   if (wanted[0]) dx = widened(laid_out(dx, x, in.copied), input.scalar_type());
   return {dx, want_dw ? rounded(dweight, x, weight->scalar_type()) : nothing(x),

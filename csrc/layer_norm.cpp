@@ -1,167 +1,344 @@
-// layer_norm and rms_norm: every row of `cols` values has its own statistics.
+// layer_norm and rms_norm, and both after an addition: every row of `cols` values has its own statistics.
 #include "moments.h"
 #include "tensor.h"
 
 namespace normwise {
 namespace {
 
-// y = ((x - hi) - lo) * rstd * weight + bias
-template <class T>
-void write_row(const T* x, const Wide<T>* weight, const Wide<T>* bias, T* y, int64_t cols, const Moments<T>& m) {
-  using A = Wide<T>;
-  using V = Vec<A>;
-  if (m.extreme) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const double c = (double(get(x + j)) - m.mean) * m.exact_rstd * (weight ? double(weight[j]) : 1);
-      put(y + j, A(c + (bias ? double(bias[j]) : 0)));
-    }
-    return;
-  }
-  const V hi = V::all(m.hi), lo = V::all(m.lo), rstd = V::all(m.rstd);
-  const auto at = [&](const V& v, const auto& w, const auto& b) {
-    V c = ((v - hi) - lo) * rstd;
-    if (weight) c = c * w();
-    return bias ? c + b() : c;
-  };
-  int64_t j = 0;
-  for (; j + V::lanes <= cols; j += V::lanes)
-    store(y + j, at(load(x + j), [&] { return load(weight + j); }, [&] { return load(bias + j); }));
-  if (const int n = int(cols - j))
-    store(y + j, at(load(x + j, n), [&] { return load(weight + j, n); }, [&] { return load(bias + j, n); }), n);
-}
+constexpr int64_t kTile = 64;  // columns of a planar tile
 
-struct Forward {
-  Tensor y, mean, rstd;
+// x as rows of `cols` values in memory that the loops can walk: packed, or planar, where the values of a row lie
+// `inner` apart and neighbouring rows next to each other, as the channels of an image do.
+struct Rows {
+  Tensor x;
+  int64_t rows, cols = 1, inner = 1;
+  bool copied;
+  std::vector<int64_t> kept, shape;  // the sizes of the axes that number the rows, and of those that are normalized
+
+  Rows(const Tensor& input, int64_t k) : x(input), copied(!input.is_contiguous()) {
+    for (int64_t i = 0; i < x.dim(); ++i) (i < x.dim() - k ? kept : shape).push_back(x.size(i));
+    for (const int64_t size : shape) cols *= size;
+    rows = cols ? x.numel() / cols : 0;
+    if (!copied) return;
+    inner = k == 1 ? planes() : 1;
+    if (inner == 1)
+      x = torch::stable::contiguous(x);
+    else
+      copied = false;
+  }
+  // t in the same order of memory.
+  Tensor in_order(const Tensor& t) const {
+    if (t.is_contiguous() && inner == 1) return t;
+    const auto a = t.strides(), b = x.strides();
+    if (std::equal(a.begin(), a.end(), b.begin(), b.end())) return t;
+    Tensor r = fresh_like(x);
+    torch::stable::copy_(r, t);
+    return r;
+  }
+  int64_t tiles() const { return (inner + kTile - 1) / kTile; }
+
+ private:
+  int64_t planes() const {
+    if (x.dim() < 3 || x.numel() == 0) return 1;
+    int64_t expected = 1;
+    for (int64_t i = x.dim() - 2; i > 0; --i) {
+      if (x.size(i) != 1 && x.stride(i) != expected) return 1;
+      expected *= x.size(i);
+    }
+    const bool fits = x.stride(x.dim() - 1) == expected && (x.size(0) == 1 || x.stride(0) == expected * cols);
+    return fits ? expected : 1;
+  }
 };
 
-template <bool Save>
-Forward forward(const Tensor& input, int64_t k, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
-                bool centred, std::optional<ScalarType> out_dtype) {
-  const Tensor typed = widened(input, computed(input, out_dtype)), x = packed(typed);
-  std::vector<int64_t> kept(x.sizes().begin(), x.sizes().end() - k);
-  int64_t cols = 1;
-  for (int64_t i = x.dim() - k; i < x.dim(); ++i) cols *= x.size(i);
-  const int64_t rows = cols ? x.numel() / cols : 0;
-  Forward r{torch::stable::empty_like(x), {}, {}};
-  if (Save) {
-    if (centred) r.mean = empty(x, kept, ScalarType::Double);
-    r.rstd = empty(x, kept, ScalarType::Double);
+// Statistics of a row as the loops use them: xhat = (x - hi) * rstd + rest.
+template <class T>
+struct Statistics {
+  using A = Wide<T>;
+  double mean, rstd;
+  A hi, scale, rest;
+  bool extreme;
+
+  Statistics(double m, double r)
+      : mean(m), rstd(r), hi(high<T>(m, r)), scale(A(r)), rest(A((double(hi) - m) * r)), extreme(is_extreme<T>(m, r)) {}
+};
+
+template <class T>
+Statistics<T> statistics(const Part& p, bool centred, double eps) {
+  const double square = p.count ? p.squares / p.count : 0;
+  return {centred ? p.mean() : 0, 1 / std::sqrt((centred ? p.var() : square) + eps)};
+}
+
+template <class T>
+struct Forward {
+  using A = Wide<T>;
+  using V = Vec<A>;
+  static constexpr int L = V::lanes;
+  const A *weight, *bias;
+  bool centred;
+  double eps;
+
+  double one(const T* x, const Statistics<T>& s, int64_t c) const {
+    const double y = (double(get(x)) - s.mean) * s.rstd * (weight ? double(weight[c]) : 1);
+    return y + (bias ? double(bias[c]) : 0);
   }
+
+  Statistics<T> row(const T* x, T* y, int64_t cols) const {
+    const auto s = statistics<T>(part_of(x, cols, centred, eps), centred, eps);
+    if (s.extreme) {
+      for (int64_t c = 0; c < cols; ++c) put(y + c, A(one(x + c, s, c)));
+      return s;
+    }
+    const V hi = V::all(s.hi), scale = V::all(s.scale), rest = V::all(s.rest);
+    each_vector<L>(cols, [&](int64_t c, auto m) NORMWISE_INLINE {
+      V v = fma(load_up_to(x + c, m) - hi, scale, rest);
+      if (weight) v = v * load_up_to(weight + c, m);
+      if (bias) v = v + load_up_to(bias + c, m);
+      store_up_to(y + c, v, m);
+    });
+    return s;
+  }
+
+  // Up to kTile rows that lie next to each other, `stride` between their values; their statistics go to `found`.
+  void tile(const T* x, T* y, int64_t cols, int64_t stride, int64_t rows, std::vector<Statistics<T>>& found) const {
+    std::vector<Part> parts(rows);
+    column_parts(x, cols, stride, rows, centred, nullptr, eps, parts.data());
+    found.clear();
+    A hi[kTile], scale[kTile], rest[kTile];
+    for (int64_t r = 0; r < rows; ++r) {
+      found.push_back(statistics<T>(parts[r], centred, eps));
+      hi[r] = found.back().hi, scale[r] = found.back().scale, rest[r] = found.back().rest;
+    }
+    for (int64_t c = 0; c < cols; ++c) {
+      const V w = V::all(weight ? weight[c] : A(1)), b = V::all(bias ? bias[c] : A(0));
+      each_vector<L>(rows, [&](int64_t r, auto m) NORMWISE_INLINE {
+        V v = fma(load_up_to(x + c * stride + r, m) - load_up_to(hi + r, m), load_up_to(scale + r, m),
+                  load_up_to(rest + r, m));
+        if (weight) v = v * w;
+        if (bias) v = v + b;
+        store_up_to(y + c * stride + r, v, m);
+      });
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      if (found[r].extreme)
+        for (int64_t c = 0; c < cols; ++c) put(y + c * stride + r, A(one(x + c * stride + r, found[r], c)));
+  }
+};
+
+template <class T>
+void add_rows(const T* x, const T* residual, T* h, int64_t n) {
+  each_vector<Vec<Wide<T>>::lanes>(n, [&](int64_t j, auto m) NORMWISE_INLINE {
+    store_up_to(h + j, load_up_to(x + j, m) + load_up_to(residual + j, m), m);
+  });
+}
+
+struct Result {
+  Tensor y, h, mean, rstd;
+};
+
+Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, const MaybeTensor& weight,
+               const MaybeTensor& bias, double eps, bool centred, std::optional<ScalarType> out_dtype, bool save);
+
+// The same in two steps, for a y that is wider than h.
+Result forward_of_sum(const Tensor& x, const Tensor& residual, int64_t k, const MaybeTensor& weight,
+                      const MaybeTensor& bias, double eps, bool centred, std::optional<ScalarType> out_dtype,
+                      bool save) {
+  const Rows in(x, k);
+  const Tensor added = in.in_order(residual), h = fresh_like(in.x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    using A = Wide<T>;
-    const MaybeTensor w = parameter<A>(weight), b = parameter<A>(bias);
-    const T* xs = data<T>(x);
-    const A *ws = data<A>(w), *bs = data<A>(b);
-    T* ys = out<T>(r.y);
-    double *means = Save && centred ? out<double>(r.mean) : nullptr, *rstds = Save ? out<double>(r.rstd) : nullptr;
-    parallel(rows, cols, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Moments<T> m = moments(xs + i * cols, cols, centred, eps);
-        if (means) means[i] = m.mean;
-        if (rstds) rstds[i] = m.exact_rstd;
-        write_row(xs + i * cols, ws, bs, ys + i * cols, cols, m);
-      }
-    });
+    add_rows(data<T>(in.x), data<T>(added), out<T>(h), in.x.numel());
   });
-  r.y = widened(laid_out(r.y, typed, !typed.is_contiguous()), out_dtype);
+  Result r = forward(laid_out(h, x, in.copied), {}, k, weight, bias, eps, centred, out_dtype, save);
+  r.h = laid_out(h, x, in.copied);
   return r;
 }
 
-Tensor layer_norm(Tensor x, std::vector<int64_t> normalized_shape, MaybeTensor weight, MaybeTensor bias, double eps,
-                  std::optional<ScalarType> out_dtype) {
-  return forward<false>(x, int64_t(normalized_shape.size()), weight, bias, eps, true, out_dtype).y;
+// y of x, or of h = x + residual; what backward needs if `save`.
+Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, const MaybeTensor& weight,
+               const MaybeTensor& bias, double eps, bool centred, std::optional<ScalarType> out_dtype, bool save) {
+  const Tensor typed = widened(input, computed(input, out_dtype));
+  if (residual && typed.scalar_type() != input.scalar_type())
+    return forward_of_sum(input, *residual, k, weight, bias, eps, centred, out_dtype, save);
+  const Rows in(typed, k);
+  const MaybeTensor added = residual ? MaybeTensor(in.in_order(*residual)) : residual;
+  Result r{fresh_like(in.x), {}, {}, {}};
+  if (residual) r.h = fresh_like(in.x);
+  if (save && centred) r.mean = empty(in.x, in.kept, ScalarType::Double);
+  if (save) r.rstd = empty(in.x, in.kept, ScalarType::Double);
+  with_type(in.x, [&](auto tag) {
+    using T = decltype(tag);
+    const MaybeTensor w = parameter<Wide<T>>(weight), b = parameter<Wide<T>>(bias);
+    const Forward<T> norm{data<Wide<T>>(w), data<Wide<T>>(b), centred, eps};
+    const T *xs = data<T>(in.x), *adds = data<T>(added);
+    T *ys = out<T>(r.y), *hs = residual ? out<T>(r.h) : nullptr;
+    double *means = save && centred ? out<double>(r.mean) : nullptr, *rstds = save ? out<double>(r.rstd) : nullptr;
+    const auto keep = [&](int64_t i, const Statistics<T>& s) {
+      if (means) means[i] = s.mean;
+      if (rstds) rstds[i] = s.rstd;
+    };
+    const int64_t cols = in.cols, inner = in.inner, tiles = in.tiles();
+    if (inner == 1)
+      return parallel(in.rows, 2 * cols, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const T* x = xs + i * cols;
+          if (residual) add_rows(x, adds + i * cols, hs + i * cols, cols), x = hs + i * cols;
+          keep(i, norm.row(x, ys + i * cols, cols));
+        }
+      });
+    parallel(in.rows / inner * tiles, 3 * kTile * cols, [&](int64_t begin, int64_t end) {
+      std::vector<Statistics<T>> found;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / tiles, first = i % tiles * kTile, rows = std::min(kTile, inner - first);
+        const int64_t at = n * inner * cols + first;
+        if (residual)
+          for (int64_t c = 0; c < cols; ++c)
+            add_rows(xs + at + c * inner, adds + at + c * inner, hs + at + c * inner, rows);
+        norm.tile((residual ? hs : xs) + at, ys + at, cols, inner, rows, found);
+        for (int64_t s = 0; s < rows; ++s) keep(n * inner + first + s, found[s]);
+      }
+    });
+  });
+  r.y = widened(laid_out(r.y, typed, in.copied), out_dtype);
+  if (residual) r.h = laid_out(r.h, typed, in.copied);
+  return r;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, std::vector<int64_t> normalized_shape,
-                                                      MaybeTensor weight, MaybeTensor bias, double eps,
-                                                      std::optional<ScalarType> out_dtype) {
-  auto r = forward<true>(x, int64_t(normalized_shape.size()), weight, bias, eps, true, out_dtype);
-  return {r.y, r.mean, r.rstd};
-}
+constexpr int64_t kRowBlock = 16;   // rows whose sums of dweight and dbias are taken in A before they move to double
+constexpr int64_t kColumns = 1024;  // values of a row summed in A before the sum moves to double
 
-Tensor rms_norm(Tensor x, std::vector<int64_t> normalized_shape, MaybeTensor weight, double eps,
-                std::optional<ScalarType> out_dtype) {
-  return forward<false>(x, int64_t(normalized_shape.size()), weight, {}, eps, false, out_dtype).y;
-}
-
-std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, std::vector<int64_t> normalized_shape, MaybeTensor weight,
-                                            double eps, std::optional<ScalarType> out_dtype) {
-  auto r = forward<true>(x, int64_t(normalized_shape.size()), weight, {}, eps, false, out_dtype);
-  return {r.y, r.rstd};
-}
-
-constexpr int64_t kRowBlock = 16;  // rows summed in A before their sums move to double
-
-// dx of one row, and its part of dweight and dbias.
+// dx of rows, and their part of dweight and dbias.
 template <class T>
-struct RowBackward {
+struct Backward {
   using A = Wide<T>;
   using V = Vec<A>;
+  static constexpr int L = V::lanes;
   const A* weight;
-  bool centred, want_dx;
-  A *dweight, *dbias;  // sums over the rows of a block, or null
+  bool centred;
+  int64_t cols, stride;
+  const T *dy, *x, *dh;  // dh is added to dx, if there
+  T* dx;                 // or null
 
-  void operator()(const T* dy, const T* x, T* dx, int64_t cols, double mean, double rstd) const {
-    if (sizeof(A) == 4 && is_extreme(mean, rstd)) return in_double(dy, x, dx, cols, mean, rstd);
-    const V hi = V::all(high<T>(mean)), lo = V::all(A(mean - double(high<T>(mean)))), r = V::all(A(rstd));
-    double s1 = 0, s2 = 0;
-    for (int64_t begin = 0; begin < cols; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, cols);
-      V one[2] = {V::all(0), V::all(0)}, two[2] = {V::all(0), V::all(0)};
-      int64_t j = begin;
-      for (int k = 0; j < end; j += V::lanes, k ^= 1) {
-        const int n = int(std::min<int64_t>(V::lanes, end - j));
-        const bool full = n == V::lanes;
-        const V d = full ? load(dy + j) : load(dy + j, n);
-        const V raw = ((full ? load(x + j) : load(x + j, n)) - hi) - lo;
-        const V xhat = (full ? raw : first(raw, n)) * r;
-        const V dxhat = d * xhat;
-        if (dweight) accumulate(dweight + j, dxhat, full, n);
-        if (dbias) accumulate(dbias + j, d, full, n);
-        if (!want_dx) continue;
-        const V w = !weight ? V::all(1) : full ? load(weight + j) : load(weight + j, n);
-        one[k] = one[k] + d * w;
-        two[k] = two[k] + dxhat * w;
+  template <class M>
+  V weights(int64_t c, M m) const {
+    return weight ? load_up_to(weight + c, m) : V::all(1);
+  }
+
+  // R packed rows from i. Their part of dweight and dbias is added to the arrays, if there.
+  template <int R>
+  void rows(int64_t i, const double* mean, const double* rstd, A* dweight, A* dbias) const {
+    V hi[R], scale[R], rest[R];
+    for (int k = 0; k < R; ++k) {
+      const Statistics<T> s(mean ? mean[i + k] : 0, rstd[i + k]);
+      if (s.extreme && R == 1) return in_double(i * cols, s.mean, s.rstd, dweight, dbias);
+      if (s.extreme) {
+        for (int q = 0; q < R; ++q) rows<1>(i + q, mean, rstd, dweight, dbias);
+        return;
       }
-      s1 += sum(one[0] + one[1]);
-      s2 += sum(two[0] + two[1]);
+      hi[k] = V::all(s.hi), scale[k] = V::all(s.scale), rest[k] = V::all(s.rest);
     }
-    if (!want_dx) return;
-    const V a = V::all(centred ? A(s1 / double(cols)) : A(0)), b = V::all(A(s2 / double(cols)));
-    for (int64_t j = 0; j < cols; j += V::lanes) {
-      const int n = int(std::min<int64_t>(V::lanes, cols - j));
-      const bool full = n == V::lanes;
-      const V d = full ? load(dy + j) : load(dy + j, n);
-      const V xhat = (((full ? load(x + j) : load(x + j, n)) - hi) - lo) * r;
-      const V w = !weight ? V::all(1) : full ? load(weight + j) : load(weight + j, n);
-      const V v = ((d * w - a) - xhat * b) * r;
-      full ? store(dx + j, v) : store(dx + j, v, n);
+    double s1[R] = {}, s2[R] = {};
+    for (int64_t begin = 0; begin < cols; begin += kColumns) {
+      V one[R], two[R];
+      for (int k = 0; k < R; ++k) one[k] = two[k] = V::all(0);
+      each_vector<L>(std::min(kColumns, cols - begin), [&](int64_t at, auto m) NORMWISE_INLINE {
+        const int64_t c = begin + at;
+        const V w = weights(c, m);
+        V d[R], product[R];
+        for (int k = 0; k < R; ++k) {
+          d[k] = load_up_to(dy + (i + k) * cols + c, m);  // zero beyond m
+          product[k] = d[k] * fma(load_up_to(x + (i + k) * cols + c, m) - hi[k], scale[k], rest[k]);
+          if (centred) one[k] = fma(d[k], w, one[k]);
+          two[k] = fma(product[k], w, two[k]);
+        }
+        if (dweight) store_up_to(dweight + c, load_up_to(dweight + c, m) + tree_of(product), m);
+        if (dbias) store_up_to(dbias + c, load_up_to(dbias + c, m) + tree_of(d), m);
+      });
+      for (int k = 0; k < R; ++k) s1[k] += sum(one[k]), s2[k] += sum(two[k]);
+    }
+    if (!dx) return;
+    for (int k = 0; k < R; ++k) {
+      const V a = V::all(A(s1[k] / double(cols))), b = V::all(A(s2[k] / double(cols)));
+      const int64_t row = (i + k) * cols;
+      each_vector<L>(cols, [&](int64_t c, auto m) NORMWISE_INLINE {
+        const V xhat = fma(load_up_to(x + row + c, m) - hi[k], scale[k], rest[k]);
+        V v = ((load_up_to(dy + row + c, m) * weights(c, m) - a) - xhat * b) * scale[k];
+        if (dh) v = v + load_up_to(dh + row + c, m);
+        store_up_to(dx + row + c, v, m);
+      });
     }
   }
 
-  static void accumulate(A* to, const V& v, bool full, int n) {
-    if (full)
-      store(to, load(to) + v);
-    else
-      store(to, load(to, n) + v, n);
+  // `count` planar rows from i, whose first value lies at `first`. Their part of dweight and dbias is added in double.
+  void tile(int64_t i, int64_t first, int64_t count, const double* mean, const double* rstd, double* dweight,
+            double* dbias) const {
+    A hi[kTile] = {}, scale[kTile] = {}, rest[kTile] = {}, a[kTile], b[kTile];
+    double s1[kTile] = {}, s2[kTile] = {};
+    bool any_extreme = false;
+    for (int64_t r = 0; r < count; ++r) {
+      const Statistics<T> s(mean ? mean[i + r] : 0, rstd[i + r]);
+      if (s.extreme) {  // computed below; here xhat is zero
+        any_extreme = true;
+        continue;
+      }
+      hi[r] = s.hi, scale[r] = s.scale, rest[r] = s.rest;
+    }
+    const auto xhat = [&](int64_t j, int64_t r, auto m) NORMWISE_INLINE {
+      return fma(load_up_to(x + j, m) - load_up_to(hi + r, m), load_up_to(scale + r, m), load_up_to(rest + r, m));
+    };
+    for (int64_t begin = 0; begin < cols; begin += 8) {
+      const int rows = int(std::min<int64_t>(8, cols - begin));
+      each_vector<L>(count, [&](int64_t r, auto m) NORMWISE_INLINE {
+        V one = V::all(0), two = V::all(0);
+        for (int k = 0; k < rows; ++k) {
+          const int64_t c = begin + k, j = first + c * stride + r;
+          const V d = load_up_to(dy + j, m), product = d * xhat(j, r, m), w = V::all(weight ? weight[c] : A(1));
+          if (centred) one = fma(d, w, one);
+          two = fma(product, w, two);
+          if (dweight) dweight[c] += sum(product);
+          if (dbias) dbias[c] += sum(d);
+        }
+        add_to(s1 + r, one, m);
+        add_to(s2 + r, two, m);
+      });
+    }
+    if (dx) {
+      for (int64_t r = 0; r < count; ++r) a[r] = A(s1[r] / double(cols)), b[r] = A(s2[r] / double(cols));
+      for (int64_t c = 0; c < cols; ++c) {
+        const V w = V::all(weight ? weight[c] : A(1));
+        each_vector<L>(count, [&](int64_t r, auto m) NORMWISE_INLINE {
+          const int64_t j = first + c * stride + r;
+          const V g = load_up_to(dy + j, m) * w - load_up_to(a + r, m);
+          V v = (g - xhat(j, r, m) * load_up_to(b + r, m)) * load_up_to(scale + r, m);
+          if (dh) v = v + load_up_to(dh + j, m);
+          store_up_to(dx + j, v, m);
+        });
+      }
+    }
+    for (int64_t r = 0; any_extreme && r < count; ++r) {
+      const Statistics<T> s(mean ? mean[i + r] : 0, rstd[i + r]);
+      if (s.extreme) in_double<double>(first + r, s.mean, s.rstd, dweight, nullptr);
+    }
   }
 
-  void in_double(const T* dy, const T* x, T* dx, int64_t cols, double mean, double rstd) const {
+  // The row whose first value lies at `first`, where A cannot hold the statistics.
+  template <class D>
+  void in_double(int64_t first, double mean, double rstd, D* dweight, D* dbias) const {
     double s1 = 0, s2 = 0;
-    for (int64_t j = 0; j < cols; ++j) {
-      const double d = get(dy + j), w = weight ? weight[j] : 1, xhat = (double(get(x + j)) - mean) * rstd;
-      if (dweight) dweight[j] += A(d * xhat);
-      if (dbias) dbias[j] += A(d);
+    for (int64_t c = 0; c < cols; ++c) {
+      const int64_t j = first + c * stride;
+      const double d = get(dy + j), w = weight ? weight[c] : 1, xhat = (double(get(x + j)) - mean) * rstd;
+      if (dweight) dweight[c] += D(d * xhat);
+      if (dbias) dbias[c] += D(d);
       s1 += d * w;
       s2 += d * w * xhat;
     }
-    if (!want_dx) return;
+    if (!dx) return;
     s1 = centred ? s1 / double(cols) : 0;
     s2 /= double(cols);
-    for (int64_t j = 0; j < cols; ++j) {
-      const double w = weight ? weight[j] : 1, xhat = (double(get(x + j)) - mean) * rstd;
-      put(dx + j, A((double(get(dy + j)) * w - s1 - xhat * s2) * rstd));
+    for (int64_t c = 0; c < cols; ++c) {
+      const int64_t j = first + c * stride;
+      const double w = weight ? weight[c] : 1, xhat = (double(get(x + j)) - mean) * rstd;
+      put(dx + j, A((double(get(dy + j)) * w - s1 - xhat * s2) * rstd + (dh ? double(get(dh + j)) : 0)));
     }
   }
 };
@@ -171,78 +348,131 @@ void round_to(P* to, const double* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to + i, Wide<P>(from[i]));
 }
 
-struct Backward {
+struct Gradients {
   Tensor dx, dweight, dbias;
 };
 
-Backward backward(const Tensor& grad, const Tensor& input, const MaybeTensor& mean, const Tensor& rstd, int64_t k,
-                  const MaybeTensor& weight, std::optional<ScalarType> bias_type, std::vector<bool> wanted) {
+Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& input, const MaybeTensor& mean,
+                   const Tensor& rstd, int64_t k, const MaybeTensor& weight, std::optional<ScalarType> bias_type,
+                   const std::vector<bool>& wanted) {
   const Tensor typed = widened(input, grad.scalar_type());  // y may be wider than x
-  const Tensor x = packed(typed), dy = packed(grad);
-  int64_t cols = 1;
-  std::vector<int64_t> shape;
-  for (int64_t i = x.dim() - k; i < x.dim(); ++i) cols *= x.size(i), shape.push_back(x.size(i));
-  const int64_t rows = cols ? x.numel() / cols : 0;
-  const bool want_dx = wanted[0], want_dw = wanted[1] && weight, want_db = wanted[2] && bias_type;
-  Backward r{want_dx ? torch::stable::empty_like(x) : nothing(x),
-             want_dw ? empty(x, shape, weight->scalar_type()) : nothing(x),
-             want_db ? empty(x, shape, *bias_type) : nothing(x)};
-  // A fixed number of chunks of rows, whatever the number of threads; each is summed in order, then all of them.
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const int64_t limit = std::max<int64_t>(1, std::min<int64_t>(64, (1 << 20) / std::max<int64_t>(cols, 1)));
-  const int64_t per_chunk = std::max<int64_t>(1, (blocks + limit - 1) / limit);
+  const Rows in(typed, k);
+  const Tensor dy = in.in_order(grad);
+  const MaybeTensor added = dh ? MaybeTensor(in.in_order(widened(*dh, grad.scalar_type()))) : dh;
+  const int64_t rows = in.rows, cols = in.cols, tiles = in.tiles();
+  const bool want_dx = wanted[0], want_dw = wanted[1] && weight, want_db = wanted[2] && bias_type,
+             sums = want_dw || want_db;
+  Gradients r{want_dx ? fresh_like(in.x) : nothing(in.x),
+              want_dw ? empty(in.x, in.shape, weight->scalar_type()) : nothing(in.x),
+              want_db ? empty(in.x, in.shape, *bias_type) : nothing(in.x)};
+  // Blocks of rows, or tiles, in a fixed number of chunks, whatever the number of threads; each chunk is summed in
+  // order, then all of them.
+  const bool packed_rows = in.inner == 1;
+  const int64_t blocks = packed_rows ? (rows + kRowBlock - 1) / kRowBlock : rows / in.inner * tiles;
+  const int64_t limit = std::clamp<int64_t>((1 << 20) / std::max<int64_t>(cols, 1), 1, 64);
+  const int64_t per_chunk = sums ? std::max<int64_t>(1, (blocks + limit - 1) / limit) : 1;
   const int64_t chunks = (blocks + per_chunk - 1) / per_chunk;
-  const bool sums = want_dw || want_db;
-  std::vector<double> total(sums ? 2 * chunks * cols : 0, 0.0);
-  with_type(x, [&](auto tag) {
+  std::vector<double> total((sums ? 2 * std::max<int64_t>(chunks, 1) * cols : 0), 0.0);
+  with_type(in.x, [&](auto tag) {
     using T = decltype(tag);
     using A = Wide<T>;
     const MaybeTensor w = parameter<A>(weight);
-    const T *xs = data<T>(x), *dys = data<T>(dy);
-    T* dxs = want_dx ? out<T>(r.dx) : nullptr;
+    const Backward<T> run{data<A>(w),  bool(mean),    cols,           in.inner,
+                          data<T>(dy), data<T>(in.x), data<T>(added), want_dx ? out<T>(r.dx) : nullptr};
     const double *means = data<double>(mean), *rstds = data<double>(rstd);
-    const auto run = [&](int64_t first_row, int64_t last_row, A* dw, A* db) {
-      const RowBackward<T> row{data<A>(w), bool(mean), want_dx, dw, db};
-      for (int64_t i = first_row; i < last_row; ++i)
-        row(dys + i * cols, xs + i * cols, dxs + i * cols, cols, means ? means[i] : 0, rstds[i]);
-    };
-    if (!sums) return parallel(rows, 2 * cols, [&](int64_t b, int64_t e) { run(b, e, nullptr, nullptr); });
-    parallel(chunks, 2 * cols * per_chunk * kRowBlock, [&](int64_t begin, int64_t end) {
-      std::vector<A> block(2 * cols);
+    parallel(chunks, 3 * per_chunk * (packed_rows ? kRowBlock : kTile) * cols, [&](int64_t begin, int64_t end) {
+      std::vector<A> block((packed_rows && sums ? 2 * cols : 0));
+      A *dw = want_dw ? block.data() : nullptr, *db = want_db ? block.data() + cols : nullptr;
       for (int64_t c = begin; c < end; ++c) {
-        double* sum = total.data() + 2 * c * cols;
-        for (int64_t i = c * per_chunk; i < std::min((c + 1) * per_chunk, blocks); ++i) {
+        double* sum = sums ? total.data() + 2 * c * cols : nullptr;
+        for (int64_t b = c * per_chunk; b < std::min((c + 1) * per_chunk, blocks); ++b) {
+          if (!packed_rows) {
+            const int64_t n = b / tiles, first = b % tiles * kTile;
+            run.tile(n * in.inner + first, n * in.inner * cols + first, std::min(kTile, in.inner - first), means, rstds,
+                     want_dw ? sum : nullptr, want_db ? sum + cols : nullptr);
+            continue;
+          }
           std::fill(block.begin(), block.end(), A(0));
-          run(i * kRowBlock, std::min((i + 1) * kRowBlock, rows), want_dw ? block.data() : nullptr,
-              want_db ? block.data() + cols : nullptr);
-          for (int64_t j = 0; j < 2 * cols; ++j) sum[j] += block[j];
+          const int64_t last = std::min((b + 1) * kRowBlock, rows);
+          int64_t i = b * kRowBlock;
+          for (; i + 4 <= last; i += 4) run.template rows<4>(i, means, rstds, dw, db);
+          for (; i < last; ++i) run.template rows<1>(i, means, rstds, dw, db);
+          for (size_t j = 0; j < block.size(); ++j) sum[j] += double(block[j]);
         }
       }
     });
   });
-  if (want_dx) r.dx = widened(laid_out(r.dx, typed, !typed.is_contiguous()), input.scalar_type());
-  if (sums) {
-    total.resize(std::max<size_t>(total.size(), 2 * cols), 0.0);
-    for (int64_t c = 1; c < chunks; ++c)
-      for (int64_t j = 0; j < 2 * cols; ++j) total[j] += total[2 * c * cols + j];
-    if (want_dw) with_type(r.dweight, [&](auto t) { round_to(out<decltype(t)>(r.dweight), total.data(), cols); });
-    if (want_db) with_type(r.dbias, [&](auto t) { round_to(out<decltype(t)>(r.dbias), total.data() + cols, cols); });
-  }
+  if (want_dx) r.dx = widened(laid_out(r.dx, typed, in.copied), input.scalar_type());
+  for (int64_t c = 1; sums && c < chunks; ++c)
+    for (int64_t j = 0; j < 2 * cols; ++j) total[j] += total[2 * c * cols + j];
+  if (want_dw) with_type(r.dweight, [&](auto t) { round_to(out<decltype(t)>(r.dweight), total.data(), cols); });
+  if (want_db) with_type(r.dbias, [&](auto t) { round_to(out<decltype(t)>(r.dbias), total.data() + cols, cols); });
   return r;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
-                                                       std::vector<int64_t> normalized_shape, MaybeTensor weight,
-                                                       std::optional<ScalarType> bias_dtype,
-                                                       std::vector<bool> output_mask) {
-  auto r = backward(dy, x, mean, rstd, int64_t(normalized_shape.size()), weight, bias_dtype, output_mask);
+using One = Tensor;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Sizes = std::vector<int64_t>;
+using Type = std::optional<ScalarType>;
+using Flags = std::vector<bool>;
+
+int64_t axes(const Sizes& shape) { return int64_t(shape.size()); }
+
+One layer_norm(Tensor x, Sizes shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
+  return forward(x, {}, axes(shape), weight, bias, eps, true, out_dtype, false).y;
+}
+Three layer_norm_forward(Tensor x, Sizes shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
+  auto r = forward(x, {}, axes(shape), weight, bias, eps, true, out_dtype, true);
+  return {r.y, r.mean, r.rstd};
+}
+Three layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Sizes shape, MaybeTensor weight,
+                          Type bias_dtype, Flags output_mask) {
+  auto r = backward(dy, {}, x, mean, rstd, axes(shape), weight, bias_dtype, output_mask);
   return {r.dx, r.dweight, r.dbias};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, std::vector<int64_t> normalized_shape,
-                                             MaybeTensor weight, std::vector<bool> output_mask) {
-  output_mask.push_back(false);
-  auto r = backward(dy, x, {}, rstd, int64_t(normalized_shape.size()), weight, {}, output_mask);
+One rms_norm(Tensor x, Sizes shape, MaybeTensor weight, double eps, Type out_dtype) {
+  return forward(x, {}, axes(shape), weight, {}, eps, false, out_dtype, false).y;
+}
+Two rms_norm_forward(Tensor x, Sizes shape, MaybeTensor weight, double eps, Type out_dtype) {
+  auto r = forward(x, {}, axes(shape), weight, {}, eps, false, out_dtype, true);
+  return {r.y, r.rstd};
+}
+Two rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Sizes shape, MaybeTensor weight, Flags output_mask) {
+  auto r = backward(dy, {}, x, {}, rstd, axes(shape), weight, {}, {output_mask[0], output_mask[1], false});
+  return {r.dx, r.dweight};
+}
+
+Two fused_add_layer_norm(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, MaybeTensor bias, double eps,
+                         Type out_dtype) {
+  auto r = forward(x, residual, axes(shape), weight, bias, eps, true, out_dtype, false);
+  return {r.y, r.h};
+}
+Four fused_add_layer_norm_forward(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, MaybeTensor bias,
+                                  double eps, Type out_dtype) {
+  auto r = forward(x, residual, axes(shape), weight, bias, eps, true, out_dtype, true);
+  return {r.y, r.h, r.mean, r.rstd};
+}
+Three fused_add_layer_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor mean, Tensor rstd, Sizes shape,
+                                    MaybeTensor weight, Type bias_dtype, Flags output_mask) {
+  auto r = backward(dy, dh, h, mean, rstd, axes(shape), weight, bias_dtype, output_mask);
+  return {r.dx, r.dweight, r.dbias};
+}
+
+Two fused_add_rms_norm(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, double eps, Type out_dtype) {
+  auto r = forward(x, residual, axes(shape), weight, {}, eps, false, out_dtype, false);
+  return {r.y, r.h};
+}
+Three fused_add_rms_norm_forward(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, double eps,
+                                 Type out_dtype) {
+  auto r = forward(x, residual, axes(shape), weight, {}, eps, false, out_dtype, true);
+  return {r.y, r.h, r.rstd};
+}
+Two fused_add_rms_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor rstd, Sizes shape, MaybeTensor weight,
+                                Flags output_mask) {
+  auto r = backward(dy, dh, h, {}, rstd, axes(shape), weight, {}, {output_mask[0], output_mask[1], false});
   return {r.dx, r.dweight};
 }
 
@@ -255,6 +485,12 @@ STABLE_TORCH_LIBRARY_IMPL(normwise, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("fused_add_layer_norm", TORCH_BOX(&fused_add_layer_norm));
+  m.impl("fused_add_layer_norm_forward", TORCH_BOX(&fused_add_layer_norm_forward));
+  m.impl("fused_add_layer_norm_backward", TORCH_BOX(&fused_add_layer_norm_backward));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
+  m.impl("fused_add_rms_norm_forward", TORCH_BOX(&fused_add_rms_norm_forward));
+  m.impl("fused_add_rms_norm_backward", TORCH_BOX(&fused_add_rms_norm_backward));
 }
 
 }  // namespace normwise

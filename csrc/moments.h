@@ -2,15 +2,39 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "simd.h"
 
 namespace normwise {
 
-// The part of a mean that is subtracted first: x - hi is exact where x is close to the mean. For 16-bit values it has no
-// more bits than they have; else every x - hi would be rounded alike, and the error of their sum would grow with the count.
+// Sums over a set of values, of x - anchor and of its square. Sets can be merged.
+struct Part {
+  double count = 0, anchor = 0, sum = 0, squares = 0;
+
+  double mean() const { return count ? anchor + sum / count : 0; }
+  double var() const {
+    const double rest = sum / count, v = squares / count - rest * rest;
+    return !count || v < 0 ? 0 : v;
+  }
+  void operator+=(const Part& b) {
+    if (!b.count) return;
+    if (!count) anchor = b.anchor;
+    const double delta = b.anchor - anchor;
+    sum += b.sum + b.count * delta;
+    squares += b.squares + 2 * delta * b.sum + b.count * delta * delta;
+    count += b.count;
+  }
+  // The variance of values that lie far from their anchor loses digits: then the anchor must move to the mean.
+  bool is_near() const { return sum * sum <= 16 * (squares * count - sum * sum); }
+  // Squares that a float can hold, neither too large nor, beside eps, lost for being small.
+  bool in_range(double eps) const { return squares < 1e30 * count && !(squares < 1e-30 * count && eps < 1e-18); }
+};
+
+// An anchor of values of type T. Of 16-bit values it has no more bits than they have, so that x - anchor is exact: else
+// every difference would be rounded alike.
 template <class T>
-inline Wide<T> high(double mean) {
+inline Wide<T> anchor(double mean) {
   using A = Wide<T>;
   if (sizeof(T) > 2 || !(std::fabs(mean) < 6e4)) return A(mean);
   T rounded;
@@ -18,115 +42,224 @@ inline Wide<T> high(double mean) {
   return get(&rounded);
 }
 
-// Mean and variance of values of type T, and the mean as hi + lo.
+// The part of a mean that is subtracted from the values first: a multiple of 2^-18 of their standard deviation. So x -
+// hi is exact, or rounded at random. What is left of the mean follows as a term of its own.
 template <class T>
-struct Moments {
-  using A = Wide<T>;
-  A hi = 0, lo = 0, rstd = 0;
-  double mean = 0, var = 0, exact_rstd = 0;
-  bool extreme = false;
+inline Wide<T> high(double mean, double rstd) {
+  if (sizeof(Wide<T>) == 8 || !(rstd > 1e-200 && rstd < 1e200)) return Wide<T>(mean);
+  uint64_t bits;
+  std::memcpy(&bits, &rstd, 8);
+  bits = (2046 - 18 + 52 - (bits >> 52)) << 52;
+  double magic;  // adding it leaves no room for digits below 2^-18 / rstd, rounded to a power of two
+  std::memcpy(&magic, &bits, 8);
+  magic *= 1.5;
+  return std::fabs(mean) < magic / 4 ? Wide<T>((mean + magic) - magic) : Wide<T>(mean);
+}
 
-  void set(double m, double v, double eps) {
-    mean = m;
-    var = v;
-    hi = high<T>(m);
-    lo = A(m - double(hi));
-    exact_rstd = 1 / std::sqrt(v + eps);
-    rstd = A(exact_rstd);
-  }
-};
+// Statistics that float cannot compute with: then the values are computed in double, one by one.
+template <class T>
+inline bool is_extreme(double mean, double rstd) {
+  return sizeof(Wide<T>) == 4 && !(rstd > 1e-15 && rstd < 1e15 && std::fabs(mean) < 1e30);
+}
 
-constexpr int kStreams = 4;      // independent sums, to hide the latency of addition
-constexpr int64_t kBlock = 2048;  // values summed before the sum moves to double
+constexpr int kStreams = 4;  // independent sums, to hide the latency of addition
+// Values summed before the sum moves to double. Where mean/std is large, squares have few digits, and every other
+// addition of a longer run would be a tie, rounded the same way.
+constexpr int64_t kBlock = 1024;
 
 template <class V>
 inline V tree(const V (&streams)[kStreams]) {
   return (streams[0] + streams[1]) + (streams[2] + streams[3]);
 }
 
-// Sum f(x[i]) and, if Second, its square, over n contiguous values: fixed blocks, fixed lanes, fixed tree.
-template <bool Second, class T, class F>
-inline void sums(const T* x, int64_t n, const F& f, double& s1, double& s2) {
-  using A = Wide<T>;
-  using V = Vec<A>;
+// Values one by one, in double. `kept` says which take part, null for all.
+template <class T>
+inline Part exact_part(const T* x, int64_t n, int64_t stride, bool centred, const Wide<T>* kept = nullptr) {
+  Part p;
+  double mean = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (!kept || kept[i] > 0) ++p.count, mean += double(get(x + i * stride));
+  p.anchor = centred && p.count ? mean / p.count : 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (!kept || kept[i] > 0) {
+      const double d = double(get(x + i * stride)) - p.anchor;
+      p.sum += d;
+      p.squares += d * d;
+    }
+  return p;
+}
+
+// Sums over n contiguous values about an anchor.
+template <bool Centred, class T>
+inline Part part_about(Wide<T> a, const T* x, int64_t n, const Wide<T>* kept, double count) {
+  using V = Vec<Wide<T>>;
   constexpr int L = V::lanes;
+  const V hi = V::all(a);
+  Part p{count, double(a)};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     V one[kStreams], two[kStreams];
     for (int k = 0; k < kStreams; ++k) one[k] = two[k] = V::all(0);
+    const auto add = [&](int k, const V& d) {
+      if (Centred) one[k] = one[k] + d;
+      two[k] = fma(d, d, two[k]);
+    };
     int64_t i = begin;
-    for (; i + kStreams * L <= end; i += kStreams * L)
-      for (int k = 0; k < kStreams; ++k) {
-        const V d = f(load(x + i + k * L));
-        one[k] = one[k] + d;
-        if (Second) two[k] = two[k] + d * d;
-      }
-    for (int k = 0; i < end; i += L, ++k) {
+    if (!kept)
+      for (; i + kStreams * L <= end; i += kStreams * L)
+        for (int k = 0; k < kStreams; ++k) add(k, Centred ? load(x + i + k * L) - hi : load(x + i + k * L));
+    for (int k = 0; i < end; i += L, k = (k + 1) % kStreams) {
       const int m = int(std::min<int64_t>(L, end - i));
-      const V d = m == L ? f(load(x + i)) : first(f(load(x + i, m)), m);
-      one[k] = one[k] + d;
-      if (Second) two[k] = two[k] + d * d;
+      V d = m == L ? load(x + i) : load(x + i, m);
+      if (Centred) d = d - hi;
+      if (kept) d = unless_negative_or_zero(m == L ? load(kept + i) : load(kept + i, m), d);
+      add(k, m == L ? d : first(d, m));
     }
-    s1 += sum(tree(one));
-    if (Second) s2 += sum(tree(two));
+    if (Centred) p.sum += sum(tree(one));
+    p.squares += sum(tree(two));
   }
+  return p;
 }
 
-// Values whose squares leave the range of A: statistics in double, and the caller computes the row in double too.
+// Sums over n contiguous values, of which those with `kept` above zero take part; null for all.
 template <class T>
-inline void moments_of_extremes(const T* x, int64_t n, bool centred, double eps, Moments<T>& result) {
-  double mean = 0, rest = 0, m2 = 0;
+inline Part part_of(const T* x, int64_t n, bool centred, double eps, const Wide<T>* kept = nullptr) {
+  using A = Wide<T>;
+  constexpr int L = Vec<A>::lanes;
+  if (n == 0) return {};
+  double count = double(n);
+  if (kept) count = part_about<true>(A(0), kept, n, nullptr, double(n)).sum;
+  if (!count) return {};
+  Part p;
   if (centred) {
-    for (int64_t i = 0; i < n; ++i) mean += double(get(x + i)) / double(n);
+    int64_t start = 0;
+    if (kept)
+      while (!(kept[start] > 0)) ++start;
+    const int m = kept ? 1 : int(std::min<int64_t>(L, n));
+    const A origin = get(x + start);
+    const auto ahead = (m == L ? load(x + start) : load(x + start, m)) - Vec<A>::all(origin);
+    A a = anchor<T>(double(origin) + sum(m == L ? ahead : first(ahead, m)) / m);
+    p = part_about<true>(a, x, n, kept, count);
+    if (!p.is_near()) p = part_about<true>(a = anchor<T>(p.mean()), x, n, kept, count);
+  } else {
+    p = part_about<false>(A(0), x, n, kept, count);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const double d = double(get(x + i)) - mean;
-    rest += d / double(n);
-    m2 += d * d;
-  }
-  if (!centred) rest = 0;
-  result.set(mean + rest, m2 / double(n) - rest * rest, eps);
-  result.extreme = true;
+  return sizeof(A) == 8 || p.in_range(eps) ? p : exact_part(x, n, 1, centred, kept);
 }
 
-// Statistics whose reciprocal root is far from 1 belong to such values, too.
-inline bool is_extreme(double mean, double rstd) { return !(rstd > 1e-15 && rstd < 1e15 && std::fabs(mean) < 1e30); }
+// Add the lanes to doubles.
+template <class A, class M>
+inline void add_to(double* to, const Vec<A>& v, M m) {
+  A lane[Vec<A>::lanes];
+  store(lane, v);
+  for (int k = 0; k < m; ++k) to[k] += double(lane[k]);
+}
 
-constexpr int64_t kAhead = 256;  // values whose mean is subtracted before the rest is known
+// f(rows, constant) for 8 rows at a time, `stride` apart, without those that `valid` leaves out; for the last ones, one
+// by one.
+template <class T, class F>
+inline void each_eight(const T* x, int64_t rows, int64_t stride, const bool* valid, const F& f) {
+  const T* eight[8];
+  int count = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (valid && !valid[r]) continue;
+    eight[count++] = x + r * stride;
+    if (count == 8) f(eight, std::integral_constant<int, 8>{}), count = 0;
+  }
+  for (int i = 0; i < count; ++i) f(eight + i, std::integral_constant<int, 1>{});
+}
 
-// The variance of values whose distance from `hi` has these sums is good to a few ulps; else hi must move to the mean.
-inline bool is_near(double rest, double var) { return rest * rest <= 16 * var; }
+// The sum of one or eight in a fixed tree.
+template <class V, int K>
+inline V tree_of(const V (&v)[K]) {
+  if constexpr (K == 1)
+    return v[0];
+  else if constexpr (K == 4)
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  else
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
 
+// f(first, constant or count) for n values, a vector at a time: L alone is a constant.
+template <int L, class F>
+inline void each_vector(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + L <= n; j += L) f(j, std::integral_constant<int, L>{});
+  if (j < n) f(j, int(n - j));
+}
+
+template <class T, class M>
+inline Vec<Wide<T>> load_up_to(const T* p, M m) {
+  if constexpr (std::is_same_v<M, int>)
+    return load(p, m);
+  else
+    return load(p);
+}
+template <class T, class M>
+inline void store_up_to(T* p, const Vec<Wide<T>>& v, M m) {
+  if constexpr (std::is_same_v<M, int>)
+    store(p, v, m);
+  else
+    store(p, v);
+}
+
+// Sums over the rows of a matrix, for each of its m columns. The rows are `stride` apart.
 template <class T>
-inline Moments<T> moments(const T* x, int64_t n, bool centred, double eps) {
+inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bool centred, const bool* valid,
+                         double eps, Part* parts) {
   using A = Wide<T>;
   using V = Vec<A>;
-  Moments<T> r;
-  r.set(0, 0, eps);
-  if (n == 0) return r;
-  double s1 = 0, s2 = 0;
-  if (centred) {
-    const int64_t ahead = std::min(n, kAhead);
-    const V anchor = V::all(get(x));
-    sums<false>(x, ahead, [&](const V& v) { return v - anchor; }, s1, s2);
-    double mean = double(get(x)) + s1 / double(ahead), var = 0;
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      const V hi = V::all(high<T>(mean));  // alone: x - hi is exact, and a sum of many equal roundings would drift
-      s1 = s2 = 0;
-      sums<true>(x, n, [&](const V& v) { return v - hi; }, s1, s2);
-      const double rest = s1 / double(n);
-      mean = double(high<T>(mean)) + rest;
-      var = s2 / double(n) - rest * rest;
-      if (is_near(rest, var)) break;
+  constexpr int L = V::lanes;
+  std::vector<A> anchors(m);
+  std::vector<double> sums(2 * m);
+  A* const a = anchors.data();
+  double *const s = sums.data(), *const q = s + m;
+  double count = 0;
+  const T* start = nullptr;
+  each_eight(x, rows, stride, valid, [&](const T* const* row, auto k) {
+    count += k;
+    if (start || !centred) return;
+    start = row[0];
+    each_vector<L>(m, [&](int64_t c, auto n) {
+      const V origin = load_up_to(row[0] + c, n);
+      V d[decltype(k)::value];
+      for (int i = 0; i < k; ++i) d[i] = load_up_to(row[i] + c, n) - origin;
+      store_up_to(a + c, origin + tree_of(d) * V::all(A(1) / A(int(k))), n);
+    });
+  });
+  if (sizeof(T) == 2)
+    for (int64_t c = 0; c < m; ++c) a[c] = anchor<T>(double(a[c]));
+  for (bool again = false;; again = true) {
+    each_eight(x, rows, stride, valid, [=](const T* const* row, auto k) {
+      each_vector<L>(m, [=](int64_t c, auto n) NORMWISE_INLINE {
+        const V hi = load_up_to(a + c, n);
+        V d[decltype(k)::value], square = V::all(0);
+        for (int i = 0; i < k; ++i) {
+          d[i] = load_up_to(row[i] + c, n) - hi;
+          square = fma(d[i], d[i], square);
+        }
+        add_to(s + c, tree_of(d), n);
+        add_to(q + c, square, n);
+      });
+    });
+    bool near = true;
+    for (int64_t c = 0; c < m; ++c) {
+      parts[c] = {count, double(a[c]), s[c], q[c]};
+      near = near && parts[c].is_near();
     }
-    r.set(mean, var > 0 || std::isnan(var) ? var : 0, eps);
-  } else {
-    sums<true>(x, n, [](const V& v) { return v; }, s1, s2);
-    r.set(0, s2 / double(n), eps);
+    if (near || again || !centred) break;
+    for (int64_t c = 0; c < m; ++c) {
+      s[c] = q[c] = 0;
+      if (!parts[c].is_near()) a[c] = anchor<T>(parts[c].mean());
+    }
   }
-  if (sizeof(A) == 4 && (!(r.var < 1e30) || (r.var < 1e-30 && eps < 1e-18)))
-    moments_of_extremes(x, n, centred, eps, r);
-  return r;
+  if (sizeof(A) == 8) return;
+  for (int64_t c = 0; c < m; ++c)
+    if (count && !parts[c].in_range(eps)) {
+      std::vector<A> kept;
+      if (valid) kept.assign(valid, valid + rows);
+      parts[c] = exact_part(x + c, rows, stride, centred, valid ? kept.data() : nullptr);
+    }
 }
 
 }  // namespace normwise

@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// For the small functions of a loop's body, so that the loop around them is compiled as if they were written there.
+#define NORMWISE_INLINE __attribute__((always_inline))
+
 namespace normwise {
 
 #if defined(__AVX512F__)
@@ -48,37 +51,80 @@ struct Vec {
   }
 };
 
-#define NORMWISE_OPERATOR(op)                                  \
-  template <class A>                                           \
-  inline Vec<A> operator op(const Vec<A>& a, const Vec<A>& b) { \
-    Vec<A> r;                                                  \
+#define NORMWISE_OPERATOR(op)                                          \
+  template <class A>                                                   \
+  inline Vec<A> operator op(const Vec<A>& a, const Vec<A>& b) {        \
+    Vec<A> r;                                                          \
     for (int i = 0; i < Vec<A>::parts; ++i) r.v[i] = a.v[i] op b.v[i]; \
-    return r;                                                  \
+    return r;                                                          \
   }
 NORMWISE_OPERATOR(+)
 NORMWISE_OPERATOR(-)
 NORMWISE_OPERATOR(*)
 #undef NORMWISE_OPERATOR
 
-// The sum over the lanes, by halving.
+// a * b + c, rounded once where the instruction set can.
 template <class A>
-inline A sum(const Vec<A>& a) {
+inline Vec<A> fma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c) {
+#if defined(__AVX512F__)
+  Vec<A> r;
+  if constexpr (sizeof(A) == 4)
+    r.v[0] = (typename Vec<A>::Native)_mm512_fmadd_ps((__m512)a.v[0], (__m512)b.v[0], (__m512)c.v[0]);
+  else
+    r.v[0] = (typename Vec<A>::Native)_mm512_fmadd_pd((__m512d)a.v[0], (__m512d)b.v[0], (__m512d)c.v[0]);
+  return r;
+#elif defined(__FMA__)
+  Vec<A> r;
+  for (int i = 0; i < Vec<A>::parts; ++i)
+    if constexpr (sizeof(A) == 4)
+      r.v[i] = (typename Vec<A>::Native)_mm256_fmadd_ps((__m256)a.v[i], (__m256)b.v[i], (__m256)c.v[i]);
+    else
+      r.v[i] = (typename Vec<A>::Native)_mm256_fmadd_pd((__m256d)a.v[i], (__m256d)b.v[i], (__m256d)c.v[i]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+
+// a where the lane of `test` is above zero, or not a number; elsewhere zero.
+template <class A>
+inline Vec<A> unless_negative_or_zero(const Vec<A>& test, const Vec<A>& a) {
+  Vec<A> r;
+  for (int i = 0; i < Vec<A>::parts; ++i) r.v[i] = test.v[i] <= 0 ? typename Vec<A>::Native{} : a.v[i];
+  return r;
+}
+
+// The sum over the lanes, in double, by halving.
+template <class A>
+inline double sum(const Vec<A>& a) {
   A lane[Vec<A>::lanes];
   std::memcpy(lane, a.v, sizeof lane);
-  for (int n = Vec<A>::lanes / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  return lane[0];
+  double half[8];
+  for (int i = 0; i < 8; ++i)
+    half[i] = sizeof(A) == 4 ? double(lane[i]) + double(lane[i + Vec<A>::lanes / 2]) : lane[i];
+  for (int n = 4; n; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] += half[i + n];
+  return half[0];
 }
 
 // Zero in the lanes from n on, whatever stands there.
 template <class A>
 inline Vec<A> first(const Vec<A>& a, int n) {
+#if defined(__AVX512F__)
+  Vec<A> r;
+  if constexpr (sizeof(A) == 4)
+    r.v[0] = (typename Vec<A>::Native)_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), (__m512)a.v[0]);
+  else
+    r.v[0] = (typename Vec<A>::Native)_mm512_maskz_mov_pd(__mmask8((1u << n) - 1), (__m512d)a.v[0]);
+  return r;
+#else
   A lane[Vec<A>::lanes];
   std::memcpy(lane, a.v, sizeof lane);
   for (int i = n; i < Vec<A>::lanes; ++i) lane[i] = 0;
   Vec<A> r;
   std::memcpy(r.v, lane, sizeof lane);
   return r;
+#endif
 }
 
 namespace detail {
@@ -175,12 +221,29 @@ inline void store(Half* p, const Vec<float>& a) {
 // The first n lanes alone; the others read as 0 and are not written.
 template <class T>
 inline Vec<Wide<T>> load(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    Vec<float> r;
+    r.v[0] = (detail::F)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+    return r;
+  } else if constexpr (sizeof(T) == 2) {
+    T lane[16];
+    _mm256_storeu_si256((__m256i*)lane, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+    return load(lane);
+  }
+#endif
   T lane[Vec<Wide<T>>::lanes] = {};
   std::memcpy(lane, p, n * sizeof(T));
   return load(lane);
 }
 template <class T>
 inline void store(T* p, const Vec<Wide<T>>& a, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)a.v[0]);
+    return;
+  }
+#endif
   T lane[Vec<Wide<T>>::lanes];
   store(lane, a);
   std::memcpy(p, lane, n * sizeof(T));

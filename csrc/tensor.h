@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace normwise {
@@ -66,6 +67,44 @@ inline auto with_type(const Tensor& x, const F& f) {
 
 inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+inline int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// True if the elements fill a block of memory without gaps, in any order of the axes.
+inline bool is_dense(const Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t found = 0; found < t.dim(); ++found) {
+    int64_t i = 0;
+    while (i < t.dim() && (t.size(i) == 1 || t.stride(i) != expected)) ++i;
+    if (i == t.dim()) break;
+    expected *= t.size(i);
+  }
+  return expected == t.numel();
+}
+
+// What torch.empty_like gives, in memory that is reused where it is large.
+inline Tensor fresh_like(const Tensor& t) {
+  const int64_t bytes = t.numel() * bytes_of(t.scalar_type());
+  if (bytes < Memory::kSmallest || !Memory::instance().limit()) return torch::stable::empty_like(t);
+  if (!is_dense(t)) return torch::stable::empty_like(t);  // which then has other strides
+  void* data = Memory::instance().take(bytes);
+  try {
+    return torch::stable::from_blob(data, t.sizes(), t.strides(), t.device(), t.scalar_type(),
+                                    [](void* p) { Memory::instance().give(p); });
+  } catch (...) {
+    Memory::instance().give(data);
+    throw;
+  }
+}
+
 // A parameter in the type that the kernel computes with.
 template <class A>
 inline MaybeTensor parameter(const MaybeTensor& p) {
@@ -77,7 +116,7 @@ inline MaybeTensor parameter(const MaybeTensor& p) {
 // The result, laid out in memory like the input that was copied to compute it.
 inline Tensor laid_out(const Tensor& result, const Tensor& input, bool copied) {
   if (!copied) return result;
-  Tensor r = torch::stable::empty_like(input);
+  Tensor r = fresh_like(input);
   torch::stable::copy_(r, result);
   return r;
 }

@@ -351,7 +351,11 @@ def test_signatures_are_torchs(name: str):
     ours, theirs = (inspect.signature(getattr(f, name)).parameters.values() for f in (nf, tf))
     positional = [(p.name, p.default) for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == [("x" if p.name == "input" else p.name, p.default) for p in theirs]
-    added = {"batch_norm": ["mask", "num_batches_tracked"], "group_norm": ["mask"], "instance_norm": ["mask"]}
+    added = {
+        "batch_norm": ["mask", "num_batches_tracked", "reproducible"],
+        "group_norm": ["mask"],
+        "instance_norm": ["mask"],
+    }
     keyword_only = [p for p in ours if p.kind is p.KEYWORD_ONLY]
     assert [p.name for p in keyword_only] == added.get(name, [])
     assert all(p.default is None for p in keyword_only)

@@ -29,8 +29,17 @@ OPS = torch.ops.normwise
 
 SCHEMAS = """
 batch_norm(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, Tensor? mask) -> Tensor
-batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
-batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask) -> (Tensor y, Tensor mean, Tensor var)
+batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
+batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)
+batch_norm_relu(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, Tensor? mask, Tensor? residual) -> Tensor
+batch_norm_relu_backward(Tensor dy, Tensor y, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)
+batch_norm_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask, Tensor? residual, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)
+fused_add_layer_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h)
+fused_add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor mean, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
+fused_add_layer_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)
+fused_add_rms_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h)
+fused_add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, bool[2] output_mask) -> (Tensor dx, Tensor dweight)
+fused_add_rms_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor rstd)
 group_norm(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? mask, ScalarType? out_dtype) -> Tensor
 group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, Tensor? mask, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 group_norm_forward(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? mask, ScalarType? out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)
@@ -60,10 +69,11 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
     mask = torch.ones(n, *x.shape[2:], dtype=torch.bool)
     mask[0] = False
     dy, f32 = torch.randn_like(x), torch.float32
+    plain = dy.contiguous()  # laid out otherwise than x where that is not contiguous
     rows = OPS.layer_norm_forward(x, [d], None, None, 1e-5, None)[1:]
     square = OPS.rms_norm_forward(x, [d], None, 1e-5, None)[1]
     groups = OPS.group_norm_forward(x, 2, None, None, 1e-5, None, None)[1:]
-    batch = OPS.batch_norm_forward(x, None, None, 1e-5, None)[1:]
+    batch = OPS.batch_norm_forward(x, None, None, 1e-5, None, True)[1:]
     for op in ("layer_norm", "layer_norm_forward"):
         yield op, (x, [d], last, last, 1e-5, f32)
         yield op, (x, list(x.shape[1:]), None, None, 1e-5, None)
@@ -75,18 +85,37 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield op, (x, c, None, None, 1e-5, None, None)
     yield "batch_norm", (x, channels, channels.square(), channels, channels, 1e-5, mask)
     yield "batch_norm", (x, channels, channels.square(), None, None, 1e-5, None)
-    yield "batch_norm_forward", (x, channels, channels, 1e-5, mask)
-    yield "batch_norm_forward", (x, None, None, 1e-5, None)
+    yield "batch_norm_forward", (x, channels, channels, 1e-5, mask, True)
+    yield "batch_norm_forward", (x, None, None, 1e-5, None, False)
+    yield "batch_norm_relu", (x, channels, channels.square(), channels, channels, 1e-5, mask, plain)
+    yield "batch_norm_relu", (x, channels, channels.square(), None, None, 1e-5, None, None)
+    yield "batch_norm_relu_forward", (x, channels, channels, 1e-5, mask, plain, True)
+    yield "batch_norm_relu_forward", (x, None, None, 1e-5, None, None, False)
+    for op in ("fused_add_layer_norm", "fused_add_layer_norm_forward"):
+        yield op, (x, dy, [d], last, last, 1e-5, f32)
+        yield op, (x, plain, list(x.shape[1:]), None, None, 1e-5, None)
+    for op in ("fused_add_rms_norm", "fused_add_rms_norm_forward"):
+        yield op, (x, dy, [d], last, 1e-5, f32)
+        yield op, (x, plain, list(x.shape[1:]), None, 1e-5, None)
     for wanted in ([True, True, True], [False, True, False], [True, False, False]):
         yield "layer_norm_backward", (dy, x, *rows, [d], last, f32, wanted)
         yield "rms_norm_backward", (dy, x, square, [d], last, wanted[:2])
         yield "group_norm_backward", (dy, x, *groups, 2, mask, channels, f32, wanted)
         for training in (True, False):
-            yield "batch_norm_backward", (dy, x, *batch, 1e-5, training, mask, channels, f32, wanted)
+            yield "batch_norm_backward", (dy, x, *batch, 1e-5, training, mask, training, channels, f32, wanted)
+            common = (dy, dy, x, *batch, 1e-5, training, mask, training, channels, f32)
+            yield "batch_norm_relu_backward", (*common, [*wanted, wanted[0]])
+        for dh in (plain, None):
+            yield "fused_add_layer_norm_backward", (dy, dh, x, *rows, [d], last, f32, wanted)
+            yield "fused_add_rms_norm_backward", (dy, dh, x, square, [d], last, wanted[:2])
     yield "layer_norm_backward", (dy, x, *rows, [d], None, None, [True, True, True])
     yield "rms_norm_backward", (dy, x, square, [d], None, [True, True])
     yield "group_norm_backward", (dy, x, *groups, 2, None, None, None, [True, True, True])
-    yield "batch_norm_backward", (dy, x, *batch, 1e-5, True, None, None, None, [True, True, True])
+    yield "batch_norm_backward", (dy, x, *batch, 1e-5, True, None, False, None, None, [True, True, True])
+    common = (dy, dy, x, *batch, 1e-5, True, None, False, None, None)
+    yield "batch_norm_relu_backward", (*common, [True, True, True, True])
+    yield "fused_add_layer_norm_backward", (dy, None, x, *rows, [d], None, None, [True, True, True])
+    yield "fused_add_rms_norm_backward", (dy, None, x, square, [d], None, [True, True])
     mean, var, count = torch.zeros(c), torch.ones(c), torch.tensor(0)
     yield "update_running_", (mean, var, count, *batch, x.numel() // c, None, mask)
     yield "update_running_", (mean, var, None, batch[0].expand(n, c), batch[1].expand(n, c), x.numel() // c, 0.1, None)
@@ -171,6 +200,18 @@ FLAVOURS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "batch_norm masked": lambda x, w, b: nf.batch_norm(x, None, None, w[:, 0], b[:, 0], True, mask=MASK),
     "batch_norm eval": lambda x, w, b: nf.batch_norm(x, *PAST, w[:, 0], b[:, 0]),
     "batch_norm eval masked": lambda x, w, b: nf.batch_norm(x, *PAST, w[:, 0], b[:, 0], mask=MASK),
+    "batch_norm_relu": lambda x, w, b: nf.batch_norm_relu(x, None, None, w[:, 0], b[:, 0], True, residual=x.cos()),
+    "batch_norm_relu masked": lambda x, w, b: nf.batch_norm_relu(
+        x, None, None, w[:, 0], b[:, 0], True, residual=x.cos(), mask=MASK
+    ),
+    "batch_norm_relu eval": lambda x, w, b: nf.batch_norm_relu(x, *PAST, w[:, 0], b[:, 0], residual=x.cos()),
+    "batch_norm_relu eval masked": lambda x, w, b: nf.batch_norm_relu(x, *PAST, w[:, 0], b[:, 0], mask=MASK),
+    "fused_add_layer_norm": lambda x, w, b: torch.cat(
+        nf.fused_add_layer_norm(x, x.cos(), x.shape[1:], w.expand(x.shape[1:]), b.expand(x.shape[1:]))
+    ),
+    "fused_add_rms_norm": lambda x, w, b: torch.cat(
+        nf.fused_add_rms_norm(x, x.cos(), x.shape[1:], (w + b).expand(x.shape[1:]))
+    ),
     "normalize": lambda x, w, b: nf.normalize(x, "n c l -> l", "c", w[:, 0], b[:, 0]),
 }
 MASK = torch.tensor([[True, True, False], [True, True, True]])

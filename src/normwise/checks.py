@@ -15,8 +15,77 @@ from .definitions import parse_axes
 from .reference import Rows
 
 
-def check_input(name: str, x: object, min_dim: int = 1) -> None:
+def check_last_axes(
+    name: str,
+    x: object,
+    normalized_shape: Sequence[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+) -> None:
+    """All that layer_norm and its kin ask of their arguments; what is plainly right passes in one glance.
+
+    Raises:
+        TypeError: See the checks below.
+        ValueError: Likewise.
+    """
+    if (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and isinstance(normalized_shape, tuple)
+        and normalized_shape
+        and x.shape[-len(normalized_shape) :] == normalized_shape
+        and 0 <= eps < math.inf
+        and _fits(x, normalized_shape, weight)
+        and _fits(x, normalized_shape, bias)
+    ):
+        return
+    x = check_input(name, x)
+    check_eps(name, eps)
+    check_normalized_shape(name, x, normalized_shape)
+    check_parameters(name, x, tuple(normalized_shape), weight=weight, bias=bias)
+
+
+def check_batch_norm(
+    name: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None = None,
+) -> None:
+    """All that batch_norm and its kin ask of their arguments.
+
+    Raises:
+        TypeError: See the checks below; or if the residual has not the type of ``x``.
+        ValueError: Likewise.
+    """
+    check_input(name, x, 2)
+    check_eps(name, eps)
+    check_parameters(
+        name, x, x.shape[1:2], weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    check_running_pair(name, running_mean, running_var)
+    check_mask(name, x, mask)
+    if residual is not None:
+        check_residual(name, x, residual)
+        if residual.dtype != x.dtype:
+            raise TypeError(
+                f"{name}: residual must have the type of x, {_type(x)}; got {_type(residual)}; convert one with .to()."
+            )
+    if training:
+        check_values_per_channel(name, x, mask)
+
+
+def check_input(name: str, x: object, min_dim: int = 1) -> Tensor:
     """The input is a floating-point tensor of at least ``min_dim`` dimensions.
+
+    Returns:
+        The input.
 
     Raises:
         TypeError: If ``x`` is no tensor, or not of a real floating-point type.
@@ -24,11 +93,31 @@ def check_input(name: str, x: object, min_dim: int = 1) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a torch.Tensor; got {type(x).__name__}; convert it with torch.as_tensor.")
-    if not x.dtype.is_floating_point:
+    if not x.is_floating_point():
         raise TypeError(f"{name}: x must be floating point; got {_type(x)}; convert it with x.float().")
     if x.dim() < min_dim:
         shape = "(N, C, ...)" if min_dim == 2 else f"{min_dim} dimensions or more"
         raise ValueError(f"{name}: x must have {shape}; got shape {_shape(x)}; add the missing axes with unsqueeze.")
+    return x
+
+
+def check_residual(name: str, x: Tensor, residual: object) -> None:
+    """The residual is a floating-point tensor shaped like ``x``, where ``x`` is.
+
+    Raises:
+        TypeError: If it is no tensor, or not of a real floating-point type.
+        ValueError: If it has another shape or device.
+    """
+    if not isinstance(residual, Tensor):
+        raise TypeError(
+            f"{name}: residual must be a torch.Tensor; got {type(residual).__name__}; convert it with torch.as_tensor."
+        )
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{name}: residual must have the shape of x, {_shape(x)}; got {_shape(residual)}; "
+            "expand it with residual.expand_as(x)."
+        )
+    check_parameters(name, x, x.shape, residual=residual)
 
 
 def check_eps(name: str, eps: float) -> None:
@@ -76,7 +165,7 @@ def check_channels(name: str, x: Tensor, num_groups: int) -> None:
         )
 
 
-def check_parameters(name: str, x: Tensor, shape: Sequence[int], **parameters: Tensor | None) -> None:
+def check_parameters(name: str, x: Tensor, shape: tuple[int, ...], **parameters: Tensor | None) -> None:
     """Weight, bias and running statistics have the given shape, a floating-point type, and live where ``x`` does.
 
     Raises:
@@ -84,19 +173,18 @@ def check_parameters(name: str, x: Tensor, shape: Sequence[int], **parameters: T
         ValueError: If one has another shape or device.
     """
     for key, parameter in parameters.items():
-        if parameter is None:
+        if parameter is None or _fits(x, shape, parameter):
             continue
-        if tuple(parameter.shape) != tuple(shape):
+        if parameter.shape != shape:
             raise ValueError(
                 f"{name}: {key} must have shape {tuple(shape)} to fit x {_shape(x)}; got {_shape(parameter)}; "
                 "build the layer for this input."
             )
         if not parameter.dtype.is_floating_point:
             raise TypeError(f"{name}: {key} must be floating point; got {_type(parameter)}; convert it with .float().")
-        if parameter.device != x.device:
-            raise ValueError(
-                f"{name}: {key} must be on x's device {x.device}; it is on {parameter.device}; move one with .to()."
-            )
+        raise ValueError(
+            f"{name}: {key} must be on x's device {x.device}; it is on {parameter.device}; move one with .to()."
+        )
 
 
 def check_mask(name: str, x: Tensor, mask: Tensor | None) -> None:
@@ -219,6 +307,13 @@ def check_affine(name: str, rows: Rows, weight: Tensor | None, bias: Tensor | No
                 f"choose from {' '.join(rows.sizes)}."
             )
     return tuple(math.prod([rows.sizes[axis] for axis in item]) for item in items)
+
+
+def _fits(x: Tensor, shape: tuple[int, ...], parameter: Tensor | None) -> bool:
+    """True if the parameter is None, or of this shape, floating point, and where ``x`` is."""
+    return parameter is None or (
+        parameter.shape == shape and parameter.is_floating_point() and parameter.device == x.device
+    )
 
 
 def _shape(x: Tensor) -> str:

@@ -96,6 +96,7 @@ def env(as_json: bool) -> None:
     import torch
 
     from . import __version__, backends
+    from .kernels import memory
 
     found = {
         "normwise": __version__,
@@ -103,6 +104,7 @@ def env(as_json: bool) -> None:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "memory": memory.describe(),
         "backends": backends(),
     }
     if as_json:

@@ -19,6 +19,9 @@ from . import ops, reference
 from .definitions import parse_axes
 from .reference import Rows
 
+OPS = torch.ops.normwise
+"""The operators, each called by its one overload: PyTorch then has none to choose."""
+
 
 def layer_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
@@ -29,7 +32,7 @@ def layer_norm(
         return reference.normalize(x, rows, weight, bias, eps, out_dtype=out_dtype).y
     if differentiated(x, weight, bias):
         return ops.LayerNorm.apply(x, weight, bias, normalized_shape, eps, out_dtype)
-    return torch.ops.normwise.layer_norm(x, normalized_shape, weight, bias, eps, out_dtype)
+    return OPS.layer_norm.default(x, normalized_shape, weight, bias, eps, out_dtype)
 
 
 def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor:
@@ -39,10 +42,50 @@ def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, 
         return reference.normalize(x, rows, weight, None, eps, out_dtype=out_dtype).y
     if differentiated(x, weight):
         return ops.RMSNorm.apply(x, weight, normalized_shape, eps, out_dtype)
-    return torch.ops.normwise.rms_norm(x, normalized_shape, weight, eps, out_dtype)
+    return OPS.rms_norm.default(x, normalized_shape, weight, eps, out_dtype)
+
+
+def fused_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """y, and h = x + residual."""
+    if transformed():
+        h = x + residual
+        return layer_norm(h, normalized_shape, weight, bias, eps), h
+    out_dtype = autocast_dtype(x)
+    if differentiated(x, residual, weight, bias):
+        return ops.FusedAddLayerNorm.apply(x, residual, weight, bias, normalized_shape, eps, out_dtype)
+    return OPS.fused_add_layer_norm.default(x, residual, normalized_shape, weight, bias, eps, out_dtype)
+
+
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y, and h = x + residual."""
+    if transformed():
+        h = x + residual
+        return rms_norm(h, normalized_shape, weight, eps), h
+    out_dtype = autocast_dtype(x)
+    if differentiated(x, residual, weight):
+        return ops.FusedAddRMSNorm.apply(x, residual, weight, normalized_shape, eps, out_dtype)
+    return OPS.fused_add_rms_norm.default(x, residual, normalized_shape, weight, eps, out_dtype)
 
 
 def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None
+) -> Tensor:
+    out_dtype = autocast_dtype(x)
+    if transformed() or differentiated(x, weight, bias):
+        return group_norm_with_statistics(x, num_groups, weight, bias, eps, mask, out_dtype)[0]
+    return OPS.group_norm.default(x, num_groups, weight, bias, eps, mask, out_dtype)
+
+
+def group_norm_with_statistics(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -58,19 +101,25 @@ def group_norm(
         return y, stats.mean.squeeze(-1), stats.rstd.squeeze(-1)
     if differentiated(x, weight, bias):
         return ops.GroupNorm.apply(x, weight, bias, num_groups, eps, mask, out_dtype)
-    return torch.ops.normwise.group_norm_forward(x, num_groups, weight, bias, eps, mask, out_dtype)
+    return OPS.group_norm_forward.default(x, num_groups, weight, bias, eps, mask, out_dtype)
 
 
 def batch_norm_training(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    reproducible: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and for each channel mean and biased variance."""
     if transformed():
         y, _, stats = reference.normalize(x, reference.batch_norm_rows(x.shape), weight, bias, eps, mask=mask)
         return y, stats.mean.squeeze(-1), stats.var.squeeze(-1)
+    exact = exact_sums(x, reproducible)
     if differentiated(x, weight, bias):
-        return ops.BatchNormTraining.apply(x, weight, bias, eps, mask)
-    return torch.ops.normwise.batch_norm_forward(x, weight, bias, eps, mask)
+        return ops.BatchNormTraining.apply(x, weight, bias, eps, mask, exact)
+    return OPS.batch_norm_forward.default(x, weight, bias, eps, mask, exact)
 
 
 def batch_norm_eval(
@@ -87,12 +136,50 @@ def batch_norm_eval(
         return reference.normalize(x, reference.batch_norm_rows(x.shape), weight, bias, eps, mask=mask, fixed=fixed).y
     if differentiated(x, weight, bias):
         return ops.BatchNormEval.apply(x, weight, bias, running_mean, running_var, eps, mask)
-    return torch.ops.normwise.batch_norm(x, running_mean, running_var, weight, bias, eps, mask)
+    return OPS.batch_norm.default(x, running_mean, running_var, weight, bias, eps, mask)
+
+
+def batch_norm_relu_training(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    reproducible: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and for each channel mean and biased variance."""
+    if transformed():
+        rows = reference.batch_norm_rows(x.shape)
+        y, _, stats = reference.normalize(x, rows, weight, bias, eps, mask=mask, residual=residual)
+        return y.relu(), stats.mean.squeeze(-1), stats.var.squeeze(-1)
+    exact = exact_sums(x, reproducible)
+    if differentiated(x, weight, bias, residual):
+        return ops.BatchNormReLUTraining.apply(x, weight, bias, residual, eps, mask, exact)
+    return OPS.batch_norm_relu_forward.default(x, weight, bias, eps, mask, residual, exact)
+
+
+def batch_norm_relu_eval(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if transformed():
+        rows, fixed = reference.batch_norm_rows(x.shape), reference.fixed_statistics(running_mean, running_var, eps)
+        return reference.normalize(x, rows, weight, bias, eps, mask=mask, fixed=fixed, residual=residual).y.relu()
+    if differentiated(x, weight, bias, residual):
+        return ops.BatchNormReLUEval.apply(x, weight, bias, residual, running_mean, running_var, eps, mask)
+    return OPS.batch_norm_relu.default(x, running_mean, running_var, weight, bias, eps, mask, residual)
 
 
 def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     mean: Tensor,
     var: Tensor,
@@ -100,8 +187,13 @@ def update_running_(
     momentum: float | None,
     mask: Tensor | None,
 ) -> None:
-    """Move running statistics, and warn where a variance is cut to what its type can hold."""
-    update = reference.update_running_ if transformed() else torch.ops.normwise.update_running_
+    """Move running statistics, if there are any, and warn where a variance is cut to what its type can hold.
+
+    A forward that activation checkpointing repeats moves nothing: it was counted.
+    """
+    if running_mean is None or running_var is None or recomputing():
+        return
+    update = reference.update_running_ if transformed() else OPS.update_running_.default
     with torch.no_grad():
         update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
     limit = torch.finfo(running_var.dtype).max
@@ -133,13 +225,13 @@ def normalize(x: Tensor, rows: Rows, weight: Tensor | None, bias: Tensor | None,
     if per_channel and kept == [0] and split in ([], [channel]) and right == {*left[0], *(outer if split else ())}:
         groups = math.prod([rows.sizes[name] for name in outer]) if split else 1
     elif per_channel and kept == [0, channel] and not split:
-        groups = x.shape[channel]
+        groups = max(x.shape[channel], 1)
     elif over_rows:
         inverse = [order.index(i) for i in range(len(order))]
         return layer_norm(x.permute(order), [x.shape[i] for i in averaged], weight, bias, eps).permute(inverse)
     else:
         return reference.normalize(x, rows, weight, bias, eps, out_dtype=autocast_dtype(x)).y
-    return group_norm(x.movedim(channel, 1), groups, weight, bias, eps, None, autocast_dtype(x))[0].movedim(1, channel)
+    return group_norm(x.movedim(channel, 1), groups, weight, bias, eps, None).movedim(1, channel)
 
 
 def recomputing() -> bool:
@@ -153,7 +245,28 @@ def transformed() -> bool:
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """True if autograd will want a gradient of one of them."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def exact_sums(x: Tensor, reproducible: bool | None) -> bool:
+    """Whether the sums of batch_norm are order-free: if nothing was said, where an example has values to pay for it."""
+    return math.prod(x.shape[2:]) >= 16 if reproducible is None else reproducible
+
+
+def viewable(y: Tensor) -> Tensor:
+    """PyTorch's layout: channels_last stays, any other permutation is undone, so that ``y.view`` works as there."""
+    if y.is_contiguous():
+        return y
+    if transformed():  # vmap knows no other memory format
+        return y.contiguous()
+    if y.is_contiguous(memory_format=torch.channels_last) or y.is_contiguous(memory_format=torch.channels_last_3d):
+        return y
+    return y.contiguous()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -135,9 +135,10 @@ def normalize(
     *,
     mask: Tensor | None = None,
     fixed: Statistics | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Normalized:
-    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` with one mean and variance a row.
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias + residual`` with one mean and variance a row.
 
     Args:
         x: The input.
@@ -147,14 +148,17 @@ def normalize(
         eps: Added to the variance, inside the root.
         mask: Valid positions, (N) or (N, positions); others take no part and give 0.
         fixed: Statistics to use instead of the batch's own (Batch Norm in eval).
+        residual: Added to y, shaped like ``x``, or None.
         out_dtype: The type of y; the input's if None.
     """
     valid = None if mask is None else valid_positions(mask, x)
-    dtype, x = out_dtype or x.dtype, x if valid is None else x.masked_fill(~valid, 0)
+    dtype, x = out_dtype or x.dtype, x.double()  # cast once: autograd then rounds dx once
+    x = x if valid is None else x.masked_fill(~valid, 0)
     stats = fixed if fixed is not None else statistics(x, rows, eps, valid)
     xhat = rows.join((rows.split(x) - stats.mean) * stats.rstd)
     y = xhat if weight is None else xhat * rows.spread(weight)
     y = y if bias is None else y + rows.spread(bias)
+    y = y if residual is None else y + residual.double()
     return Normalized((y if valid is None else y.masked_fill(~valid, 0)).to(dtype), xhat, stats)
 
 
@@ -180,10 +184,12 @@ def normalize_backward(
     *,
     mask: Tensor | None = None,
     fixed: bool = False,
+    dh: Tensor | None = None,
 ) -> Gradients:
     """The gradient of :func:`normalize`: ``dx = rstd * (g - mean(g) - xhat * mean(g * xhat))``, ``g = dy * weight``.
 
-    With ``fixed`` statistics the last two terms vanish; for a norm that is not centred the middle one does.
+    With ``fixed`` statistics the last two terms vanish; for a norm that is not centred the middle one does. ``dh`` is
+    what else reaches the input, added to dx before it is rounded.
     """
     dtype, valid = x.dtype, None if mask is None else valid_positions(mask, x)
     if valid is not None:
@@ -199,7 +205,8 @@ def normalize_backward(
         if rows.centred:
             through_mean = -stats.rstd * g.sum(-1, keepdim=True) / count
         through_var = -stats.rstd * xhat * ((g * xhat).sum(-1, keepdim=True) / count)
-    dx = rows.join((direct + through_mean + through_var) * weights).to(dtype)
+    dx = rows.join((direct + through_mean + through_var) * weights)
+    dx = (dx if dh is None else dx + dh.double()).to(dtype)
     dweight = None if weight is None else rows.gather(dy * rows.join(xhat)).to(weight.dtype)
     dbias = None if bias_dtype is None else rows.gather(dy).to(bias_dtype)
     return Gradients(dx, dweight, dbias, (direct, through_mean, through_var))

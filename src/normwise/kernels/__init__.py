@@ -1,15 +1,19 @@
 """Which implementation of the operators runs on which device here, and why not a faster one.
 
 The CPU kernels are one shared library for each instruction set. Loading it registers them with PyTorch's dispatcher, in
-place of the reference. ``NORMWISE_CPU`` forces one of avx512, avx2, baseline or reference.
+place of the reference. ``NORMWISE_CPU`` forces one of avx512, avx2, baseline (on 64-bit ARM: neon) or reference, or is
+the path of a library built elsewhere, such as the one of ``make sanitize``.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import torch
+
+from . import memory
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """For each capability of the chip, as torch names it, the libraries that run on it, the fastest first."""
@@ -34,7 +38,13 @@ def backends() -> dict[str, str]:
 
 def usable() -> tuple[str, ...]:
     """The instruction sets that this chip has, the fastest first."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ("neon",)
     return INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
+
+
+def _instruction_set(library: Path) -> str:
+    return library.stem.removeprefix("libnormwise_")
 
 
 def load_cpu_kernels() -> None:
@@ -47,13 +57,14 @@ def load_cpu_kernels() -> None:
     forced = os.environ.get("NORMWISE_CPU")
     if forced == "reference":
         return
+    paths = [path for folder in __path__ for path in Path(folder).glob("lib*.so")]
+    if forced and forced.endswith(".so"):
+        paths, forced = [Path(forced).resolve()], _instruction_set(Path(forced))
     if forced and forced not in usable():
         raise ValueError(
             f"NORMWISE_CPU: it must be one of {', '.join(usable())}, reference on this chip; got {forced!r}; unset it."
         )
-    built = {
-        path.stem.removeprefix("libnormwise_"): path for folder in __path__ for path in Path(folder).glob("lib*.so")
-    }
+    built = {_instruction_set(path): path for path in paths}
     choice = forced or next((name for name in usable() if name in built), None)
     if choice is None:
         _cpu = "reference (kernels not built; with a C++ compiler: pip install --no-build-isolation .)"
@@ -61,4 +72,5 @@ def load_cpu_kernels() -> None:
     if choice not in built:
         raise ValueError(f"NORMWISE_CPU: the {choice} kernels must be built; they were not; unset it.")
     torch.ops.load_library(str(built[choice]))
+    memory.open_library(built[choice])
     _cpu = choice

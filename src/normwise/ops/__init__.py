@@ -10,10 +10,20 @@ Its autograd functions join forward and backward; asked for a double backward, t
 """
 
 from ..kernels import load_cpu_kernels
-from .batch_norm import BatchNormEval, BatchNormTraining
+from .batch_norm import BatchNormEval, BatchNormReLUEval, BatchNormReLUTraining, BatchNormTraining
 from .group_norm import GroupNorm
-from .layer_norm import LayerNorm, RMSNorm
+from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, LayerNorm, RMSNorm
 
-__all__ = ["BatchNormEval", "BatchNormTraining", "GroupNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "BatchNormEval",
+    "BatchNormReLUEval",
+    "BatchNormReLUTraining",
+    "BatchNormTraining",
+    "FusedAddLayerNorm",
+    "FusedAddRMSNorm",
+    "GroupNorm",
+    "LayerNorm",
+    "RMSNorm",
+]
 
 load_cpu_kernels()

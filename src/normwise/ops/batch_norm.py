@@ -1,4 +1,4 @@
-"""Operators of batch_norm, in training and in eval, and of its running statistics."""
+"""Operators of batch_norm, in training and in eval, alone and followed by ReLU, and of its running statistics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _batch_norm(
 
 
 def _batch_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None, reproducible: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, _, (mean, var, _) = reference.normalize(x, reference.batch_norm_rows(x.shape), weight, bias, eps, mask=mask)
     return like(x, y), mean.squeeze(-1), var.squeeze(-1)
@@ -51,6 +51,7 @@ def _batch_norm_backward(
     eps: float,
     training: bool,
     mask: Tensor | None,
+    reproducible: bool,
     weight: Tensor | None,
     bias_dtype: torch.dtype | None,
     output_mask: Sequence[bool],
@@ -58,6 +59,56 @@ def _batch_norm_backward(
     rows, stats = reference.batch_norm_rows(x.shape), reference.fixed_statistics(mean, var, eps)
     grads = reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats, mask=mask, fixed=not training)
     return backward_outputs(x, grads, output_mask)
+
+
+def _batch_norm_relu(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    rows, fixed = reference.batch_norm_rows(x.shape), reference.fixed_statistics(running_mean, running_var, eps)
+    y = reference.normalize(x, rows, weight, bias, eps, mask=mask, fixed=fixed, residual=residual).y
+    return like(x, y.relu())
+
+
+def _batch_norm_relu_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    reproducible: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = reference.batch_norm_rows(x.shape)
+    y, _, (mean, var, _) = reference.normalize(x, rows, weight, bias, eps, mask=mask, residual=residual)
+    return like(x, y.relu()), mean.squeeze(-1), var.squeeze(-1)
+
+
+def _batch_norm_relu_backward(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    training: bool,
+    mask: Tensor | None,
+    reproducible: bool,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = dy.masked_fill(y <= 0, 0)
+    grads = _batch_norm_backward(
+        dy, x, mean, var, eps, training, mask, reproducible, weight, bias_dtype, output_mask[:3]
+    )
+    return *grads, like(x, dy) if output_mask[3] else x.new_empty(0)
 
 
 def _update_running_(
@@ -77,21 +128,46 @@ def _fake_batch_norm_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Ten
     return torch.empty_like(x), fake_statistics(x, x.shape[1:2]), fake_statistics(x, x.shape[1:2])
 
 
+def _fake_batch_norm_relu_backward(dy: Tensor, y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *kept, output_mask = args
+    dresidual = torch.empty_like(x) if output_mask[3] else x.new_empty(0)
+    return *fake_channel_gradients(dy, x, *kept, output_mask[:3]), dresidual
+
+
 declare(
     f"batch_norm(Tensor x, Tensor running_mean, Tensor running_var, {AFFINE}, Tensor? mask) -> Tensor",
     _batch_norm,
     fake_y,
 )
 declare(
-    f"batch_norm_forward(Tensor x, {AFFINE}, Tensor? mask) -> (Tensor y, Tensor mean, Tensor var)",
+    f"batch_norm_forward(Tensor x, {AFFINE}, Tensor? mask, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)",
     _batch_norm_forward,
     _fake_batch_norm_forward,
 )
 declare(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask,"
-    f" {GRADIENTS}) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    f" bool reproducible, {GRADIENTS}) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _batch_norm_backward,
     fake_channel_gradients,
+)
+declare(
+    f"batch_norm_relu(Tensor x, Tensor running_mean, Tensor running_var, {AFFINE}, Tensor? mask, Tensor? residual)"
+    " -> Tensor",
+    _batch_norm_relu,
+    fake_y,
+)
+declare(
+    f"batch_norm_relu_forward(Tensor x, {AFFINE}, Tensor? mask, Tensor? residual, bool reproducible)"
+    " -> (Tensor y, Tensor mean, Tensor var)",
+    _batch_norm_relu_forward,
+    _fake_batch_norm_forward,
+)
+declare(
+    "batch_norm_relu_backward(Tensor dy, Tensor y, Tensor x, Tensor mean, Tensor var, float eps, bool training,"
+    " Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[4] output_mask)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    _batch_norm_relu_backward,
+    _fake_batch_norm_relu_backward,
 )
 declare(
     "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked,"
@@ -102,33 +178,36 @@ declare(
 
 
 class BatchNormTraining(torch.autograd.Function):
-    """batch_norm with the batch's statistics: ``apply(x, weight, bias, eps, mask) -> (y, mean, var)``."""
+    """batch_norm with the batch's statistics: ``apply(x, weight, bias, eps, mask, reproducible) -> (y, mean, var)``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        mask: Tensor | None,
+        reproducible: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = torch.ops.normwise.batch_norm_forward(x, weight, bias, eps, mask)
+        y, mean, var = torch.ops.normwise.batch_norm_forward(x, weight, bias, eps, mask, reproducible)
         ctx.save_for_backward(x, weight, mean, var, mask)
         ctx.mark_non_differentiable(mean, var)
-        ctx.arguments = None if bias is None else bias.dtype, eps
+        ctx.arguments = None if bias is None else bias.dtype, eps, reproducible
         return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _mean: Any, _var: Any) -> Any:
         x, weight, mean, var, mask = ctx.saved_tensors
-        bias_dtype, eps = ctx.arguments
+        bias_dtype, eps, reproducible = ctx.arguments
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            rows = reference.batch_norm_rows(x.shape)
-            valid = None if mask is None else reference.valid_positions(mask, x)
-            stats = reference.statistics(x, rows, eps, valid)
-            grads = reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats, mask=mask)[:3]
+            grads = _differentiable(dy, x, eps, mask, weight, bias_dtype)
         else:
             grads = torch.ops.normwise.batch_norm_backward(
-                dy, x, mean, var, eps, True, mask, weight, bias_dtype, wanted
+                dy, x, mean, var, eps, True, mask, reproducible, weight, bias_dtype, wanted
             )
-        return *select(wanted, grads), None, None
+        return *select(wanted, grads), None, None, None
 
 
 class BatchNormEval(torch.autograd.Function):
@@ -155,10 +234,98 @@ class BatchNormEval(torch.autograd.Function):
         bias_dtype, eps = ctx.arguments
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            rows, stats = reference.batch_norm_rows(x.shape), reference.fixed_statistics(mean, var, eps)
-            grads = reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats, mask=mask, fixed=True)[:3]
+            grads = _differentiable(dy, x, eps, mask, weight, bias_dtype, (mean, var))
         else:
             grads = torch.ops.normwise.batch_norm_backward(
-                dy, x, mean, var, eps, False, mask, weight, bias_dtype, wanted
+                dy, x, mean, var, eps, False, mask, False, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None, None
+
+
+class BatchNormReLUTraining(torch.autograd.Function):
+    """batch_norm_relu: ``apply(x, weight, bias, residual, eps, mask, reproducible) -> (y, mean, var)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        mask: Tensor | None,
+        reproducible: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = torch.ops.normwise.batch_norm_relu_forward(x, weight, bias, eps, mask, residual, reproducible)
+        ctx.save_for_backward(y, x, weight, mean, var, mask)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.arguments = None if bias is None else bias.dtype, eps, reproducible
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _mean: Any, _var: Any) -> Any:
+        y, x, weight, mean, var, mask = ctx.saved_tensors
+        bias_dtype, eps, reproducible = ctx.arguments
+        wanted = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            dy = dy.masked_fill(y <= 0, 0)
+            grads = *_differentiable(dy, x, eps, mask, weight, bias_dtype), dy
+        else:
+            grads = torch.ops.normwise.batch_norm_relu_backward(
+                dy, y, x, mean, var, eps, True, mask, reproducible, weight, bias_dtype, wanted
+            )
+        return *select(wanted, grads), None, None, None
+
+
+class BatchNormReLUEval(torch.autograd.Function):
+    """Its eval: ``apply(x, weight, bias, residual, running_mean, running_var, eps, mask) -> y``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        y = torch.ops.normwise.batch_norm_relu(x, running_mean, running_var, weight, bias, eps, mask, residual)
+        ctx.save_for_backward(y, x, weight, running_mean, running_var, mask)
+        ctx.arguments = None if bias is None else bias.dtype, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        y, x, weight, mean, var, mask = ctx.saved_tensors
+        bias_dtype, eps = ctx.arguments
+        wanted = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            dy = dy.masked_fill(y <= 0, 0)
+            grads = *_differentiable(dy, x, eps, mask, weight, bias_dtype, (mean, var)), dy
+        else:
+            grads = torch.ops.normwise.batch_norm_relu_backward(
+                dy, y, x, mean, var, eps, False, mask, False, weight, bias_dtype, wanted
+            )
+        return *select(wanted, grads), None, None, None, None
+
+
+def _differentiable(
+    dy: Tensor,
+    x: Tensor,
+    eps: float,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    running: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias by the reference's formula, for a second derivative."""
+    rows = reference.batch_norm_rows(x.shape)
+    if running is None:
+        stats = reference.statistics(x, rows, eps, None if mask is None else reference.valid_positions(mask, x))
+    else:
+        stats = reference.fixed_statistics(*running, eps)
+    fixed = running is not None
+    return reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats, mask=mask, fixed=fixed)[:3]

@@ -1,4 +1,4 @@
-"""Operators of layer_norm and rms_norm."""
+"""Operators of layer_norm and rms_norm, alone and fused with the addition of a residual."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .common import (
     fake_statistics,
     fake_y,
     forward_outputs,
+    like,
     saved_statistics,
     select,
 )
@@ -73,6 +74,64 @@ def _rms_norm_backward(
     return dx, dweight
 
 
+def _fused_add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = like(x, x + residual)
+    y, mean, rstd = _layer_norm_forward(h, normalized_shape, weight, bias, eps, out_dtype)
+    return y, h, mean, rstd
+
+
+def _fused_add_layer_norm_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, stats = reference.layer_norm_rows(h.shape, normalized_shape), saved_statistics(mean, rstd)
+    return backward_outputs(h, reference.normalize_backward(dy, h, rows, weight, bias_dtype, stats, dh=dh), output_mask)
+
+
+def _fused_add_rms_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = like(x, x + residual)
+    y, rstd = _rms_norm_forward(h, normalized_shape, weight, eps, out_dtype)
+    return y, h, rstd
+
+
+def _fused_add_rms_norm_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    rstd: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    rows = reference.layer_norm_rows(h.shape, normalized_shape, centred=False)
+    stats = saved_statistics(torch.zeros_like(rstd), rstd)
+    grads = reference.normalize_backward(dy, h, rows, weight, None, stats, dh=dh)
+    dx, dweight, _ = backward_outputs(h, grads, (*output_mask, False))
+    return dx, dweight
+
+
 def _fake_layer_norm_forward(x: Tensor, normalized_shape: Sequence[int], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     kept = x.shape[: x.dim() - len(normalized_shape)]
     return fake_y(x, *args), fake_statistics(x, kept), fake_statistics(x, kept)
@@ -99,6 +158,16 @@ def _fake_rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     dx, dweight, _ = fake_gradients(x, normalized_shape, weight, None, (*output_mask, False))
     return dx, dweight
+
+
+def _fake_fused_add_layer_norm_forward(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    y, *kept = _fake_layer_norm_forward(x, *args)
+    return y, torch.empty_like(x), *kept
+
+
+def _fake_fused_add_rms_norm_forward(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    y, rstd = _fake_rms_norm_forward(x, *args)
+    return y, torch.empty_like(x), rstd
 
 
 declare(
@@ -134,6 +203,44 @@ declare(
     " bool[2] output_mask) -> (Tensor dx, Tensor dweight)",
     _rms_norm_backward,
     _fake_rms_norm_backward,
+)
+
+
+declare(
+    f"fused_add_layer_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, {AFFINE}, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor h)",
+    lambda *args: _fused_add_layer_norm_forward(*args)[:2],
+    lambda *args: _fake_fused_add_layer_norm_forward(*args)[:2],
+)
+declare(
+    f"fused_add_layer_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, {AFFINE},"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    _fused_add_layer_norm_forward,
+    _fake_fused_add_layer_norm_forward,
+)
+declare(
+    "fused_add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor mean, Tensor rstd,"
+    f" SymInt[] normalized_shape, {GRADIENTS}) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _fused_add_layer_norm_backward,
+    lambda dy, dh, *args: _fake_layer_norm_backward(dy, *args),
+)
+declare(
+    "fused_add_rms_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps,"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor h)",
+    lambda *args: _fused_add_rms_norm_forward(*args)[:2],
+    lambda *args: _fake_fused_add_rms_norm_forward(*args)[:2],
+)
+declare(
+    "fused_add_rms_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps,"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor rstd)",
+    _fused_add_rms_norm_forward,
+    _fake_fused_add_rms_norm_forward,
+)
+declare(
+    "fused_add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor rstd, SymInt[] normalized_shape,"
+    " Tensor? weight, bool[2] output_mask) -> (Tensor dx, Tensor dweight)",
+    _fused_add_rms_norm_backward,
+    lambda dy, dh, *args: _fake_rms_norm_backward(dy, *args),
 )
 
 
@@ -200,3 +307,86 @@ class RMSNorm(torch.autograd.Function):
         else:
             grads = torch.ops.normwise.rms_norm_backward(dy, x, rstd, normalized_shape, weight, wanted)
         return *select(wanted, grads), None, None, None
+
+
+class FusedAddLayerNorm(torch.autograd.Function):
+    """Both outputs: ``apply(x, residual, weight, bias, normalized_shape, eps, out_dtype) -> (y, h)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        normalized_shape: Sequence[int],
+        eps: float,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, h, mean, rstd = torch.ops.normwise.fused_add_layer_norm_forward(
+            x, residual, normalized_shape, weight, bias, eps, out_dtype
+        )
+        ctx.save_for_backward(h, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(h)
+        ctx.arguments = normalized_shape, None if bias is None else bias.dtype, eps
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Any:
+        h, weight, mean, rstd = ctx.saved_tensors
+        normalized_shape, bias_dtype, eps = ctx.arguments
+        wanted = any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]
+        if dy is None:
+            return dh, dh, None, None, None, None, None
+        if torch.is_grad_enabled():
+            rows = reference.layer_norm_rows(h.shape, normalized_shape)
+            stats = reference.statistics(h, rows, eps)
+            grads = reference.normalize_backward(dy, h, rows, weight, bias_dtype, stats, dh=dh)[:3]
+        else:
+            grads = torch.ops.normwise.fused_add_layer_norm_backward(
+                dy, dh, h, mean, rstd, normalized_shape, weight, bias_dtype, wanted
+            )
+        dx, dweight, dbias = select(wanted, grads)
+        return dx, dx, dweight, dbias, None, None, None
+
+
+class FusedAddRMSNorm(torch.autograd.Function):
+    """Both outputs: ``apply(x, residual, weight, normalized_shape, eps, out_dtype) -> (y, h)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        normalized_shape: Sequence[int],
+        eps: float,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, h, rstd = torch.ops.normwise.fused_add_rms_norm_forward(
+            x, residual, normalized_shape, weight, eps, out_dtype
+        )
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(h)
+        ctx.arguments = normalized_shape, eps
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Any:
+        h, weight, rstd = ctx.saved_tensors
+        normalized_shape, eps = ctx.arguments
+        wanted = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
+        if dy is None:
+            return dh, dh, None, None, None, None
+        if torch.is_grad_enabled():
+            rows = reference.layer_norm_rows(h.shape, normalized_shape, centred=False)
+            stats = reference.statistics(h, rows, eps)
+            grads = reference.normalize_backward(dy, h, rows, weight, None, stats, dh=dh)[:2]
+        else:
+            grads = torch.ops.normwise.fused_add_rms_norm_backward(dy, dh, h, rstd, normalized_shape, weight, wanted)
+        dx, dweight = select(wanted, grads)
+        return dx, dx, dweight, None, None, None

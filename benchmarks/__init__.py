@@ -1,0 +1,1 @@
+"""How fast the norms are beside their peers, and how right: ``python -m benchmarks --help``."""
