@@ -50,9 +50,9 @@ sanitize: $(VENV)/installed-dev
 	@cpu=$${NORMWISE_CPU:-$$($(BIN)/python -c 'from normwise.kernels import usable; print(usable()[0])')} && \
 	$(BIN)/cmake --build $(SANITIZED) --target normwise_$$cpu && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	NORMWISE_MEMORY_MB=0 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	NORMWISE_CPU=$(SANITIZED)/libnormwise_$$cpu.so \
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_kernels.py tests/test_contract.py tests/test_fuzz.py
+	$(BIN)/python -m pytest --capture=sys $(PYTEST_ARGS) tests/test_kernels.py tests/test_contract.py tests/test_fuzz.py
 
 FUZZ_MINUTES ?= 10
 fuzz: $(VENV)/installed-dev

@@ -15,27 +15,31 @@ Channels channels_of(const Tensor& x, bool by_sample) {
   return in;
 }
 
-// The sums of one channel over all samples, in an order-free way if `exactly`.
-void merge(ByChannel<Part>& parts, const View& v, int64_t c, bool exactly, double& mean, double& var) {
+// The sums of one channel over all samples, in an order-free way if `exactly`; but for values of type double that lie
+// off the grid of the exact sums.
+void merge(const ByChannel<Part>& parts, const View& v, int64_t c, bool exactly, bool is_float, double& mean,
+           double& var) {
   const auto each = [&](const auto& f) {
-    for (int64_t n = 0; n < v.n; ++n)
-      for (int64_t k = 0; k < parts.chunks; ++k) f(parts.of(n * v.c + c, k));
+    for (int64_t n = 0; n < v.n; ++n) parts.each(n, c, f);
   };
   if (exactly) {
     int64_t sum[kSlots] = {}, squares[kSlots] = {};  // of x, about zero
     double count = 0;
     each([&](const Part& p) {
+      count += p.count;
+      if (p.anchor == 0) return deposit(sum, p.sum), deposit(squares, p.squares);
       const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
       const Pair square =
           two_product(p.anchor, p.anchor) * p.count + two_product(2 * p.anchor, p.sum) + Pair{p.squares, 0};
       deposit(sum, all.hi), deposit(sum, all.lo);
       deposit(squares, square.hi), deposit(squares, square.lo);
-      count += p.count;
     });
-    if (!sum[kDigits] && !squares[kDigits]) {
+    const Pair total_squares = value_of(squares);
+    const bool on_grid = !sum[kDigits] && !squares[kDigits] && (is_float || total_squares.hi > 0x1p-240);
+    if (on_grid) {
       const Pair total = value_of(sum), average = total / std::max(count, 1.0);
       const Pair product = total * average;
-      const Pair m2 = value_of(squares) + Pair{-product.hi, -product.lo};
+      const Pair m2 = total_squares + Pair{-product.hi, -product.lo};
       mean = average.hi;
       var = std::max(0.0, m2.hi / std::max(count, 1.0));
       return;
@@ -46,16 +50,18 @@ void merge(ByChannel<Part>& parts, const View& v, int64_t c, bool exactly, doubl
   mean = all.mean(), var = all.var();
 }
 
-GradientSums merge(ByChannel<GradientSums>& parts, const View& v, int64_t c, bool exactly) {
+GradientSums merge(const ByChannel<GradientSums>& parts, const View& v, int64_t c, bool exactly) {
   GradientSums all;
   int64_t dy[kSlots] = {}, dyc[kSlots] = {};
   for (int64_t n = 0; n < v.n; ++n)
-    for (int64_t k = 0; k < parts.chunks; ++k) {
-      const GradientSums& p = parts.of(n * v.c + c, k);
-      all += p;
-      if (exactly) deposit(dy, p.dy), deposit(dyc, p.dyc);
-    }
-  if (exactly && !dy[kDigits] && !dyc[kDigits]) all = {value_of(dy).hi, value_of(dyc).hi};
+    parts.each(n, c, [&](const GradientSums& p) {
+      if (exactly)
+        deposit(dy, p.dy), deposit(dyc, p.dyc);
+      else
+        all += p;
+    });
+  if (exactly && !dy[kDigits] && !dyc[kDigits]) return {value_of(dy).hi, value_of(dyc).hi};
+  if (exactly) return merge(parts, v, c, false);
   return all;
 }
 
@@ -69,7 +75,7 @@ Tensor transformed(const Channels& in, const Tensor& input, const double* mean, 
   Affine<T> a(v, true);
   for (int64_t c = 0; c < v.c; ++c) {
     const double rstd = 1 / std::sqrt(var[c] + eps);
-    a.forward(c, mean[c], rstd, rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
+    a.forward(c, mean[c], var[c], rstd, rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
   }
   Tensor y = fresh_like(in.x);
   const Forward<T> transform{data<T>(in.x), out<T>(y), data<T>(added), relu};
@@ -97,7 +103,8 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
     const Mask valid(mask, v);
     auto parts = channel_parts(data<T>(in.x), v, valid, eps);
     parallel(v.c, 64 * v.n * parts.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) merge(parts, v, c, reproducible, out<double>(mean)[c], out<double>(var)[c]);
+      for (int64_t c = begin; c < end; ++c)
+        merge(parts, v, c, reproducible, sizeof(Wide<T>) == 4, out<double>(mean)[c], out<double>(var)[c]);
     });
     return {transformed<T>(in, x, data<double>(mean), data<double>(var), eps, weight, bias, valid, residual, relu),
             mean, var};
@@ -125,7 +132,7 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
     const Gradient<T> gradient{
         {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr};
     Affine<T> a(v, true);
-    for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
+    for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
     ByChannel<GradientSums> sums(View{});
     if (training || want_dw || want_db) sums = gradient_sums(gradient.dy, gradient.x, v, a, valid);
     double count = double(v.n * v.s);
@@ -142,7 +149,7 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
         dweight[c] = v.values() ? (all.dyc - all.dy * (means[c] - double(a.hi[c]))) * rstd : 0;
         dbias[c] = all.dy;
         const double slope = training ? alpha * rstd * dweight[c] / count : 0;
-        a.backward(c, means[c], rstd, alpha, slope, training ? alpha * all.dy / count : 0);
+        a.backward(c, means[c], vars[c], rstd, alpha, slope, training ? alpha * all.dy / count : 0);
       }
     });
     if (wanted[0] || want_dr)

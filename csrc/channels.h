@@ -90,15 +90,15 @@ constexpr int64_t kRun = 128;  // values of a planar run, whose sums are taken i
 // A result for each sample and channel, of type R that += can merge. Long interleaved channels come in several chunks.
 template <class R>
 struct ByChannel {
-  int64_t c, chunks;
+  int64_t channels, chunks;
   std::vector<R> parts;
 
-  ByChannel(const View& v, int64_t chunks_of_rows = 1) : c(v.c), chunks(chunks_of_rows), parts(v.channels() * chunks) {}
-  R& of(int64_t channel, int64_t chunk = 0) { return parts[(channel / c * chunks + chunk) * c + channel % c]; }
-  R all(int64_t channel) {
-    R r;
-    for (int64_t k = 0; k < chunks; ++k) r += of(channel, k);
-    return r;
+  ByChannel(const View& v, int64_t chunks_of_rows = 1)
+      : channels(v.c), chunks(chunks_of_rows), parts(v.channels() * chunks) {}
+  // Call f for the chunks of channel c of sample n.
+  template <class F>
+  void each(int64_t n, int64_t c, const F& f) const {
+    for (int64_t k = n * chunks; k < (n + 1) * chunks; ++k) f(parts[k * channels + c]);
   }
 };
 
@@ -134,7 +134,7 @@ ByChannel<Part> channel_parts(const T* x, const View& v, const Mask& mask, doubl
     std::vector<Wide<T>> kept;
     for (int64_t i = begin; i < end; ++i) {
       if (mask && (i == begin || i % v.c == 0)) kept = mask.as<Wide<T>>(i / v.c);
-      r.of(i) = part_of(x + i * v.s, v.s, true, eps, mask ? kept.data() : nullptr);
+      r.parts[i] = part_of(x + i * v.s, v.s, true, eps, mask ? kept.data() : nullptr);
     }
   });
   return r;
@@ -162,13 +162,17 @@ struct Affine {
   int64_t index(int64_t channel) const { return shared ? channel % c : channel; }
 
   // The arguments belong to c = x - mean; what the mean has beside hi goes into the offset.
-  void forward(int64_t i, double mean, double rstd, double s, double o) { set(i, mean, rstd, s, o, 0, -s); }
-  void backward(int64_t i, double mean, double rstd, double s, double b, double o) { set(i, mean, rstd, s, o, b, -b); }
+  void forward(int64_t i, double mean, double var, double rstd, double s, double o) {
+    set(i, mean, var, rstd, s, o, 0, -s);
+  }
+  void backward(int64_t i, double mean, double var, double rstd, double s, double b, double o) {
+    set(i, mean, var, rstd, s, o, b, -b);
+  }
 
  private:
-  void set(int64_t i, double mean, double rstd, double s, double o, double b, double shift) {
+  void set(int64_t i, double mean, double var, double rstd, double s, double o, double b, double shift) {
     const size_t k = i;
-    hi[k] = high<T>(mean, rstd);
+    hi[k] = high<T>(mean, std::sqrt(var));
     scale[k] = A(s);
     offset[k] = A(o + (mean - double(hi[k])) * shift);
     slope[k] = A(b);
@@ -210,8 +214,8 @@ void lines(T* const out, const View& view, const Affine<T>& a, const Mask& mask,
         if (a.extreme[k + c]) put(out + j + c, A(scalar(a.exact[k + c], j + c)));
     }
   else
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = a.index(i), j = i * v.s;
+    for (int64_t i = begin, k = a.index(begin); i < end; ++i, k = shared && k + 1 == v.c ? 0 : k + 1) {
+      const int64_t j = i * v.s;
       if (masked && (i == begin || i % v.c == 0)) kept = mask.as<A>(i / v.c);
       if (extremes && a.extreme[k]) {
         for (int64_t s = 0; s < v.s; ++s) put(out + j + s, A(!masked || kept[s] > 0 ? scalar(a.exact[k], j + s) : 0));
@@ -359,7 +363,7 @@ ByChannel<GradientSums> gradient_sums(const Upstream<T>& dy, const T* x, const V
     for (int64_t i = begin; i < end; ++i) {
       const size_t k = a.index(i);
       if (mask && (i == begin || i % v.c == 0)) kept = mask.as<Wide<T>>(i / v.c);
-      r.of(i) = line_sums(dy, x, v, i, double(a.hi[k]), a.any_extreme && a.extreme[k], mask ? kept.data() : nullptr);
+      r.parts[i] = line_sums(dy, x, v, i, double(a.hi[k]), a.any_extreme && a.extreme[k], mask ? kept.data() : nullptr);
     }
   });
   return r;

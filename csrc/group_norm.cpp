@@ -29,18 +29,19 @@ Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, co
     const Forward<T> transform{xs, out<T>(y)};
     Affine<T> a(v, false);
     const auto set = [&](int64_t g, const Part& p) {
-      const double m = p.mean(), r = 1 / std::sqrt(p.var() + eps);
+      const double m = p.mean(), var = p.var(), r = 1 / std::sqrt(var + eps);
       out<double>(mean)[g] = m;
       out<double>(rstd)[g] = r;
       for (int64_t i = g * width; i < (g + 1) * width; ++i)
-        a.forward(i, m, r, r * at(data<double>(w), i % v.c, 1), at(data<double>(b), i % v.c, 0));
+        a.forward(i, m, var, r, r * at(data<double>(w), i % v.c, 1), at(data<double>(b), i % v.c, 0));
     };
     if (v.interleaved) {
       auto parts = channel_parts(xs, v, valid, eps);
       parallel(v.n * groups, 16 * width, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
           Part all;
-          for (int64_t i = g * width; i < (g + 1) * width; ++i) all += parts.all(i);
+          for (int64_t i = g * width; i < (g + 1) * width; ++i)
+            parts.each(i / v.c, i % v.c, [&](const Part& p) { all += p; });
           set(g, all);
         }
       });
@@ -73,8 +74,9 @@ Three group_norm_forward(Tensor x, int64_t num_groups, MaybeTensor weight, Maybe
   return forward(x, num_groups, weight, bias, eps, mask, out_dtype);
 }
 
-Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, int64_t groups, MaybeTensor mask,
-                          MaybeTensor weight, std::optional<ScalarType> bias_dtype, std::vector<bool> wanted) {
+Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, int64_t groups, double eps,
+                          MaybeTensor mask, MaybeTensor weight, std::optional<ScalarType> bias_dtype,
+                          std::vector<bool> wanted) {
   check_groups(input, groups);
   const Tensor x = widened(input, grad.scalar_type());  // y may be wider than x
   const Channels in(x);
@@ -92,29 +94,31 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
     const T* xs = data<T>(in.x);
     const Gradient<T> gradient{{data<T>(dy)}, xs, wanted[0] ? out<T>(dx) : nullptr};
     Affine<T> a(v, false);
-    ByChannel<GradientSums> sums(v);
+    std::vector<GradientSums> sums(v.channels());
+    const auto var = [&](int64_t g) { return std::max(0.0, 1 / (rs[g] * rs[g]) - eps); };
     const auto center = [&](int64_t g) {
-      for (int64_t i = g * width; i < (g + 1) * width; ++i) a.backward(i, ms[g], rs[g], 0, 0, 0);
+      for (int64_t i = g * width; i < (g + 1) * width; ++i) a.backward(i, ms[g], var(g), rs[g], 0, 0, 0);
     };
     // From the sums of the values' differences from hi to those from the mean, times rstd; and what dx needs.
     const auto set = [&](int64_t g) {
       const double count = std::max(1.0, double(width) * (valid ? valid.count(g / groups) : double(v.s)));
       double s1 = 0, s2 = 0;
       for (int64_t i = g * width; i < (g + 1) * width; ++i) {
-        GradientSums& s = sums.of(i);
+        GradientSums& s = sums[i];
         s.dyc = v.s ? (s.dyc - s.dy * (ms[g] - double(a.hi[i]))) * rs[g] : 0;
         s1 += at(data<double>(w), i % v.c, 1) * s.dy;
         s2 += at(data<double>(w), i % v.c, 1) * s.dyc;
       }
       for (int64_t i = g * width; i < (g + 1) * width; ++i)
-        a.backward(i, ms[g], rs[g], rs[g] * at(data<double>(w), i % v.c, 1), rs[g] * rs[g] * s2 / count,
+        a.backward(i, ms[g], var(g), rs[g], rs[g] * at(data<double>(w), i % v.c, 1), rs[g] * rs[g] * s2 / count,
                    rs[g] * s1 / count);
     };
     if (v.interleaved) {
       for (int64_t g = 0; g < v.n * groups; ++g) center(g);
       auto chunks = gradient_sums(gradient.dy, xs, v, a, valid);
       parallel(v.n * groups, 32 * width, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * width; i < end * width; ++i) sums.of(i) = chunks.all(i);
+        for (int64_t i = begin * width; i < end * width; ++i)
+          chunks.each(i / v.c, i % v.c, [&](const GradientSums& s) { sums[i] += s; });
         for (int64_t g = begin; g < end; ++g) set(g);
       });
       if (wanted[0])
@@ -125,16 +129,16 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
           const auto kept = valid.as<Wide<T>>(g / groups);
           center(g);
           for (int64_t i = g * width; i < (g + 1) * width; ++i)
-            sums.of(i) = line_sums(gradient.dy, xs, v, i, double(a.hi[i]), a.any_extreme && a.extreme[i],
-                                   valid ? kept.data() : nullptr);
+            sums[i] = line_sums(gradient.dy, xs, v, i, double(a.hi[i]), a.any_extreme && a.extreme[i],
+                                valid ? kept.data() : nullptr);
           set(g);
           if (wanted[0]) gradient(v, a, valid, g * width, (g + 1) * width);
         }
       });
     }
     for (int64_t i = 0; i < v.channels(); ++i) {
-      dweight[i % v.c] += sums.of(i).dyc;
-      dbias[i % v.c] += sums.of(i).dy;
+      dweight[i % v.c] += sums[i].dyc;
+      dbias[i % v.c] += sums[i].dy;
     }
   });
   if (wanted[0]) dx = widened(laid_out(dx, x, in.copied), input.scalar_type());

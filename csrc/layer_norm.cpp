@@ -58,14 +58,15 @@ struct Statistics {
   A hi, scale, rest;
   bool extreme;
 
-  Statistics(double m, double r)
-      : mean(m), rstd(r), hi(high<T>(m, r)), scale(A(r)), rest(A((double(hi) - m) * r)), extreme(is_extreme<T>(m, r)) {}
+  Statistics(double m, double r, double deviation = 0)
+      : mean(m), rstd(r), hi(high<T>(m, deviation)), scale(A(r)), rest(A((double(hi) - m) * r)),
+        extreme(is_extreme<T>(m, r)) {}
 };
 
 template <class T>
 Statistics<T> statistics(const Part& p, bool centred, double eps) {
-  const double square = p.count ? p.squares / p.count : 0;
-  return {centred ? p.mean() : 0, 1 / std::sqrt((centred ? p.var() : square) + eps)};
+  const double square = centred ? p.var() : p.count ? p.squares / p.count : 0;
+  return {centred ? p.mean() : 0, 1 / std::sqrt(square + eps), std::sqrt(square)};
 }
 
 template <class T>
@@ -242,6 +243,11 @@ struct Backward {
       for (int k = 0; k < R; ++k) one[k] = two[k] = V::all(0);
       each_vector<L>(std::min(kColumns, cols - begin), [&](int64_t at, auto m) NORMWISE_INLINE {
         const int64_t c = begin + at;
+        for (int k = 0; k < R;
+             ++k) {  // the rows that come next: R of them at once are too many for the chip to foresee
+          __builtin_prefetch(dy + (i + R + k) * cols + c);
+          __builtin_prefetch(x + (i + R + k) * cols + c);
+        }
         const V w = weights(c, m);
         V d[R], product[R];
         for (int k = 0; k < R; ++k) {

@@ -26,7 +26,7 @@ struct Part {
     count += b.count;
   }
   // The variance of values that lie far from their anchor loses digits: then the anchor must move to the mean.
-  bool is_near() const { return sum * sum <= 16 * (squares * count - sum * sum); }
+  bool is_near() const { return sum * sum <= 4 * (squares * count - sum * sum); }
   // Squares that a float can hold, neither too large nor, beside eps, lost for being small.
   bool in_range(double eps) const { return squares < 1e30 * count && !(squares < 1e-30 * count && eps < 1e-18); }
 };
@@ -43,14 +43,15 @@ inline Wide<T> anchor(double mean) {
 }
 
 // The part of a mean that is subtracted from the values first: a multiple of 2^-18 of their standard deviation. So x -
-// hi is exact, or rounded at random. What is left of the mean follows as a term of its own.
+// hi is exact, or rounded at random: a full mean would have every x - hi rounded alike, and their sum would drift. What
+// is left of the mean follows as a term of its own. All of the mean, where the deviation is not known.
 template <class T>
-inline Wide<T> high(double mean, double rstd) {
-  if (sizeof(Wide<T>) == 8 || !(rstd > 1e-200 && rstd < 1e200)) return Wide<T>(mean);
+inline Wide<T> high(double mean, double deviation) {
+  if (sizeof(Wide<T>) == 8 || !(deviation > 1e-200 && deviation < 1e200)) return Wide<T>(mean);
   uint64_t bits;
-  std::memcpy(&bits, &rstd, 8);
-  bits = (2046 - 18 + 52 - (bits >> 52)) << 52;
-  double magic;  // adding it leaves no room for digits below 2^-18 / rstd, rounded to a power of two
+  std::memcpy(&bits, &deviation, 8);
+  bits = ((bits >> 52) + 52 - 18) << 52;
+  double magic;  // adding it leaves no room for digits below 2^-18 of the deviation, rounded to a power of two
   std::memcpy(&magic, &bits, 8);
   magic *= 1.5;
   return std::fabs(mean) < magic / 4 ? Wide<T>((mean + magic) - magic) : Wide<T>(mean);
@@ -89,9 +90,9 @@ inline Part exact_part(const T* x, int64_t n, int64_t stride, bool centred, cons
   return p;
 }
 
-// Sums over n contiguous values about an anchor.
-template <bool Centred, class T>
-inline Part part_about(Wide<T> a, const T* x, int64_t n, const Wide<T>* kept, double count) {
+// Sums over n contiguous values about an anchor, or about zero.
+template <bool Anchored, bool Centred, class T>
+inline Part part_about(Wide<T> a, const T* const x, int64_t n, const Wide<T>* const kept, double count) {
   using V = Vec<Wide<T>>;
   constexpr int L = V::lanes;
   const V hi = V::all(a);
@@ -100,20 +101,20 @@ inline Part part_about(Wide<T> a, const T* x, int64_t n, const Wide<T>* kept, do
     const int64_t end = std::min(begin + kBlock, n);
     V one[kStreams], two[kStreams];
     for (int k = 0; k < kStreams; ++k) one[k] = two[k] = V::all(0);
-    const auto add = [&](int k, const V& d) {
+    const auto add = [&](int k, const V& d) NORMWISE_INLINE {
       if (Centred) one[k] = one[k] + d;
       two[k] = fma(d, d, two[k]);
     };
     int64_t i = begin;
     if (!kept)
       for (; i + kStreams * L <= end; i += kStreams * L)
-        for (int k = 0; k < kStreams; ++k) add(k, Centred ? load(x + i + k * L) - hi : load(x + i + k * L));
+        for (int k = 0; k < kStreams; ++k) add(k, Anchored ? load(x + i + k * L) - hi : load(x + i + k * L));
     for (int k = 0; i < end; i += L, k = (k + 1) % kStreams) {
       const int m = int(std::min<int64_t>(L, end - i));
       V d = m == L ? load(x + i) : load(x + i, m);
-      if (Centred) d = d - hi;
+      if (Anchored) d = d - hi;
       if (kept) d = unless_negative_or_zero(m == L ? load(kept + i) : load(kept + i, m), d);
-      add(k, m == L ? d : first(d, m));
+      add(k, Anchored && m < L ? first(d, m) : d);
     }
     if (Centred) p.sum += sum(tree(one));
     p.squares += sum(tree(two));
@@ -121,29 +122,16 @@ inline Part part_about(Wide<T> a, const T* x, int64_t n, const Wide<T>* kept, do
   return p;
 }
 
-// Sums over n contiguous values, of which those with `kept` above zero take part; null for all.
+// Sums over n contiguous values, of which those with `kept` above zero take part; null for all. The anchor is zero, or
+// if that is far from the values, their mean as it was found about zero.
 template <class T>
 inline Part part_of(const T* x, int64_t n, bool centred, double eps, const Wide<T>* kept = nullptr) {
   using A = Wide<T>;
-  constexpr int L = Vec<A>::lanes;
-  if (n == 0) return {};
-  double count = double(n);
-  if (kept) count = part_about<true>(A(0), kept, n, nullptr, double(n)).sum;
+  const double count = kept ? part_about<false, true>(A(0), kept, n, nullptr, double(n)).sum : double(n);
   if (!count) return {};
-  Part p;
-  if (centred) {
-    int64_t start = 0;
-    if (kept)
-      while (!(kept[start] > 0)) ++start;
-    const int m = kept ? 1 : int(std::min<int64_t>(L, n));
-    const A origin = get(x + start);
-    const auto ahead = (m == L ? load(x + start) : load(x + start, m)) - Vec<A>::all(origin);
-    A a = anchor<T>(double(origin) + sum(m == L ? ahead : first(ahead, m)) / m);
-    p = part_about<true>(a, x, n, kept, count);
-    if (!p.is_near()) p = part_about<true>(a = anchor<T>(p.mean()), x, n, kept, count);
-  } else {
-    p = part_about<false>(A(0), x, n, kept, count);
-  }
+  Part p =
+      centred ? part_about<false, true>(A(0), x, n, kept, count) : part_about<false, false>(A(0), x, n, kept, count);
+  if (centred && !p.is_near()) p = part_about<true, true>(anchor<T>(p.mean()), x, n, kept, count);
   return sizeof(A) == 8 || p.in_range(eps) ? p : exact_part(x, n, 1, centred, kept);
 }
 
@@ -203,7 +191,7 @@ inline void store_up_to(T* p, const Vec<Wide<T>>& v, M m) {
     store(p, v);
 }
 
-// Sums over the rows of a matrix, for each of its m columns. The rows are `stride` apart.
+// Sums over the rows of a matrix, for each of its m columns, with anchors as in part_of. The rows are `stride` apart.
 template <class T>
 inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bool centred, const bool* valid,
                          double eps, Part* parts) {
@@ -214,25 +202,11 @@ inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bo
   std::vector<double> sums(2 * m);
   A* const a = anchors.data();
   double *const s = sums.data(), *const q = s + m;
-  double count = 0;
-  const T* start = nullptr;
-  each_eight(x, rows, stride, valid, [&](const T* const* row, auto k) {
-    count += k;
-    if (start || !centred) return;
-    start = row[0];
-    each_vector<L>(m, [&](int64_t c, auto n) {
-      const V origin = load_up_to(row[0] + c, n);
-      V d[decltype(k)::value];
-      for (int i = 0; i < k; ++i) d[i] = load_up_to(row[i] + c, n) - origin;
-      store_up_to(a + c, origin + tree_of(d) * V::all(A(1) / A(int(k))), n);
-    });
-  });
-  if (sizeof(T) == 2)
-    for (int64_t c = 0; c < m; ++c) a[c] = anchor<T>(double(a[c]));
-  for (bool again = false;; again = true) {
+  const double count = valid ? double(std::count(valid, valid + rows, true)) : double(rows);
+  for (bool anchored = false;; anchored = true) {
     each_eight(x, rows, stride, valid, [=](const T* const* row, auto k) {
       each_vector<L>(m, [=](int64_t c, auto n) NORMWISE_INLINE {
-        const V hi = load_up_to(a + c, n);
+        const V hi = anchored ? load_up_to(a + c, n) : V::all(0);
         V d[decltype(k)::value], square = V::all(0);
         for (int i = 0; i < k; ++i) {
           d[i] = load_up_to(row[i] + c, n) - hi;
@@ -247,8 +221,8 @@ inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bo
       parts[c] = {count, double(a[c]), s[c], q[c]};
       near = near && parts[c].is_near();
     }
-    if (near || again || !centred) break;
-    for (int64_t c = 0; c < m; ++c) {
+    if (near || anchored || !centred) break;
+    for (int64_t c = 0; c < m; ++c) {  // a column alone decides about its anchor, whatever its neighbours hold
       s[c] = q[c] = 0;
       if (!parts[c].is_near()) a[c] = anchor<T>(parts[c].mean());
     }

@@ -159,23 +159,28 @@ inline Half narrow(float f) {
 }
 }  // namespace detail
 
-inline Vec<float> load(const float* p) {
-  Vec<float> r;
-  std::memcpy(r.v, p, 64);
+template <class A>
+inline Vec<A> load_native(const A* p) {
+  Vec<A> r;
+  for (int i = 0; i < Vec<A>::parts; ++i) std::memcpy(&r.v[i], p + i * Vec<A>::per_part, kNative);
   return r;
 }
-inline Vec<double> load(const double* p) {
-  Vec<double> r;
-  std::memcpy(r.v, p, 64);
-  return r;
-}
+inline Vec<float> load(const float* p) { return load_native(p); }
+inline Vec<double> load(const double* p) { return load_native(p); }
 inline Vec<float> load(const BFloat16* p) {
   Vec<float> r;
+#if defined(__AVX512F__)
+  r.v[0] = (detail::F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i)
+    r.v[i] = (detail::F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + i)), 16);
+#else
   for (int i = 0; i < Vec<float>::parts; ++i) {
     detail::S s;
     std::memcpy(&s, p + i * Vec<float>::per_part, sizeof s);
     r.v[i] = (detail::F)(__builtin_convertvector(s, detail::U) << 16);
   }
+#endif
   return r;
 }
 inline Vec<float> load(const Half* p) {
@@ -192,10 +197,22 @@ inline Vec<float> load(const Half* p) {
   return r;
 }
 
-inline void store(float* p, const Vec<float>& a) { std::memcpy(p, a.v, 64); }
-inline void store(double* p, const Vec<double>& a) { std::memcpy(p, a.v, 64); }
+template <class A>
+inline void store_native(A* p, const Vec<A>& a) {
+  for (int i = 0; i < Vec<A>::parts; ++i) std::memcpy(p + i * Vec<A>::per_part, &a.v[i], kNative);
+}
+inline void store(float* p, const Vec<float>& a) { store_native(p, a); }
+inline void store(double* p, const Vec<double>& a) { store_native(p, a); }
 // To nearest even, in integers: the instruction would flush subnormal numbers to zero.
 inline void store(BFloat16* p, const Vec<float>& a) {
+#if defined(__AVX512F__)
+  const __m512i u = (__m512i)a.v[0], top = _mm512_srli_epi32(u, 16);
+  const __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)a.v[0], (__m512)a.v[0], _CMP_UNORD_Q);
+  const __m512i chosen = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), is_nan, top, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(chosen));
+#else
   for (int i = 0; i < Vec<float>::parts; ++i) {
     detail::U u = (detail::U)a.v[i];
     detail::U rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -204,6 +221,7 @@ inline void store(BFloat16* p, const Vec<float>& a) {
     detail::S s = __builtin_convertvector(chosen, detail::S);
     std::memcpy(p + i * Vec<float>::per_part, &s, sizeof s);
   }
+#endif
 }
 inline void store(Half* p, const Vec<float>& a) {
 #if defined(__AVX512F__)
@@ -227,8 +245,9 @@ inline Vec<Wide<T>> load(const T* p, int n) {
     r.v[0] = (detail::F)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
     return r;
   } else if constexpr (sizeof(T) == 2) {
+    const __m256i part = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
     T lane[16];
-    _mm256_storeu_si256((__m256i*)lane, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+    std::memcpy(lane, &part, 32);
     return load(lane);
   }
 #endif

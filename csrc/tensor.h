@@ -151,6 +151,7 @@ constexpr int64_t kGrain = 32768;  // values a thread should have to be worth wa
 
 template <class F>
 inline void parallel(int64_t n, int64_t values_each, const F& f) {
+  if (n == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_each));
   if (n <= grain || forked())
     f(0, n);

@@ -142,4 +142,4 @@ def test_an_instruction_set_can_be_forced(name, words):
         assert done.returncode == 1
     else:
         assert done.returncode == 0
-        assert done.stdout.startswith(name or tuple({"avx512", "avx2", "baseline"}))
+        assert done.stdout.startswith(name or usable())

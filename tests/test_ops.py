@@ -41,7 +41,7 @@ fused_add_rms_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor?
 fused_add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, bool[2] output_mask) -> (Tensor dx, Tensor dweight)
 fused_add_rms_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor rstd)
 group_norm(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? mask, ScalarType? out_dtype) -> Tensor
-group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, Tensor? mask, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
+group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, float eps, Tensor? mask, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 group_norm_forward(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? mask, ScalarType? out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)
 layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> Tensor
 layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
@@ -100,7 +100,7 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for wanted in ([True, True, True], [False, True, False], [True, False, False]):
         yield "layer_norm_backward", (dy, x, *rows, [d], last, f32, wanted)
         yield "rms_norm_backward", (dy, x, square, [d], last, wanted[:2])
-        yield "group_norm_backward", (dy, x, *groups, 2, mask, channels, f32, wanted)
+        yield "group_norm_backward", (dy, x, *groups, 2, 1e-5, mask, channels, f32, wanted)
         for training in (True, False):
             yield "batch_norm_backward", (dy, x, *batch, 1e-5, training, mask, training, channels, f32, wanted)
             common = (dy, dy, x, *batch, 1e-5, training, mask, training, channels, f32)
@@ -110,7 +110,7 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "fused_add_rms_norm_backward", (dy, dh, x, square, [d], last, wanted[:2])
     yield "layer_norm_backward", (dy, x, *rows, [d], None, None, [True, True, True])
     yield "rms_norm_backward", (dy, x, square, [d], None, [True, True])
-    yield "group_norm_backward", (dy, x, *groups, 2, None, None, None, [True, True, True])
+    yield "group_norm_backward", (dy, x, *groups, 2, 1e-5, None, None, None, [True, True, True])
     yield "batch_norm_backward", (dy, x, *batch, 1e-5, True, None, False, None, None, [True, True, True])
     common = (dy, dy, x, *batch, 1e-5, True, None, False, None, None)
     yield "batch_norm_relu_backward", (*common, [True, True, True, True])

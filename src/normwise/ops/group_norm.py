@@ -42,6 +42,7 @@ def _group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     num_groups: int,
+    eps: float,
     mask: Tensor | None,
     weight: Tensor | None,
     bias_dtype: torch.dtype | None,
@@ -71,8 +72,8 @@ declare(
     _fake_group_norm_forward,
 )
 declare(
-    f"group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, Tensor? mask, {GRADIENTS})"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    f"group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, float eps,"
+    f" Tensor? mask, {GRADIENTS}) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _group_norm_backward,
     fake_channel_gradients,
 )
@@ -110,6 +111,6 @@ class GroupNorm(torch.autograd.Function):
             grads = reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats, mask=mask)[:3]
         else:
             grads = torch.ops.normwise.group_norm_backward(
-                dy, x, mean, rstd, num_groups, mask, weight, bias_dtype, wanted
+                dy, x, mean, rstd, num_groups, eps, mask, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None, None
