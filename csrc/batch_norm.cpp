@@ -15,18 +15,15 @@ Channels channels_of(const Tensor& x, bool by_sample) {
   return in;
 }
 
-// The sums of one channel over all samples, in an order-free way if `exactly`; but for values of type double that lie
-// off the grid of the exact sums.
-void merge(const ByChannel<Part>& parts, const View& v, int64_t c, bool exactly, bool is_float, double& mean,
-           double& var) {
-  const auto each = [&](const auto& f) {
-    for (int64_t n = 0; n < v.n; ++n) parts.each(n, c, f);
-  };
-  if (exactly) {
-    int64_t sum[kSlots] = {}, squares[kSlots] = {};  // of x, about zero
-    double count = 0;
-    each([&](const Part& p) {
-      count += p.count;
+// The order-free sums of one channel: of x and of its square, about zero, and the number of values. What several
+// processes or parts of a batch hold is merged by adding them, integer by integer.
+constexpr int kMoments = 2 * kSlots + 1;
+
+void add_exactly(const ByChannel<Part>& parts, const View& v, int64_t c, int64_t* to) {
+  int64_t *const sum = to, *const squares = to + kSlots, *const count = to + 2 * kSlots;
+  for (int64_t n = 0; n < v.n; ++n)
+    parts.each(n, c, [&](const Part& p) {
+      *count += int64_t(p.count);
       if (p.anchor == 0) return deposit(sum, p.sum), deposit(squares, p.squares);
       const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
       const Pair square =
@@ -34,34 +31,36 @@ void merge(const ByChannel<Part>& parts, const View& v, int64_t c, bool exactly,
       deposit(sum, all.hi), deposit(sum, all.lo);
       deposit(squares, square.hi), deposit(squares, square.lo);
     });
-    const Pair total_squares = value_of(squares);
-    const bool on_grid = !sum[kDigits] && !squares[kDigits] && (is_float || total_squares.hi > 0x1p-240);
-    if (on_grid) {
-      const Pair total = value_of(sum), average = total / std::max(count, 1.0);
-      const Pair product = total * average;
-      const Pair m2 = total_squares + Pair{-product.hi, -product.lo};
-      mean = average.hi;
-      var = std::max(0.0, m2.hi / std::max(count, 1.0));
-      return;
-    }
-  }
+}
+
+void moments_of(const int64_t* sums, double& mean, double& var) {
+  const double count = double(std::max<int64_t>(sums[2 * kSlots], 1));
+  const Pair total = value_of(sums), average = total / count, product = total * average;
+  const Pair m2 = value_of(sums + kSlots) + Pair{-product.hi, -product.lo};
+  mean = average.hi;
+  var = m2.hi < 0 ? 0 : m2.hi / count;
+}
+
+// Doubles may lie off the grid of the exact sums; those of floats never do.
+bool on_grid(const int64_t* sums, bool is_float) {
+  return !sums[kDigits] && !sums[kSlots + kDigits] && (is_float || value_of(sums + kSlots).hi > 0x1p-240);
+}
+
+void merge(const ByChannel<Part>& parts, const View& v, int64_t c, double& mean, double& var) {
   Part all;
-  each([&](const Part& p) { all += p; });
+  for (int64_t n = 0; n < v.n; ++n) parts.each(n, c, [&](const Part& p) { all += p; });
   mean = all.mean(), var = all.var();
 }
 
-GradientSums merge(const ByChannel<GradientSums>& parts, const View& v, int64_t c, bool exactly) {
+// The sums of dy and of dy * (x - mean) of one channel; with `to`, as order-free sums.
+GradientSums merge(const ByChannel<GradientSums>& parts, const View& v, int64_t c, double lo, int64_t* to) {
   GradientSums all;
-  int64_t dy[kSlots] = {}, dyc[kSlots] = {};
   for (int64_t n = 0; n < v.n; ++n)
     parts.each(n, c, [&](const GradientSums& p) {
-      if (exactly)
-        deposit(dy, p.dy), deposit(dyc, p.dyc);
-      else
-        all += p;
+      const GradientSums centred{p.dy, p.dyc - p.dy * lo};
+      all += centred;
+      if (to) deposit(to, centred.dy), deposit(to + kSlots, centred.dyc);
     });
-  if (exactly && !dy[kDigits] && !dyc[kDigits]) return {value_of(dy).hi, value_of(dyc).hi};
-  if (exactly) return merge(parts, v, c, false);
   return all;
 }
 
@@ -97,14 +96,20 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
               const MaybeTensor& residual, bool relu, bool reproducible) {
   const Channels in = channels_of(x, reproducible);
   const View& v = in.view;
-  Tensor mean = empty(x, {v.c}, ScalarType::Double), var = empty(x, {v.c}, ScalarType::Double);
+  Tensor mean = empty({v.c}, ScalarType::Double), var = empty({v.c}, ScalarType::Double);
   return with_type(x, [&](auto tag) -> Three {
     using T = decltype(tag);
     const Mask valid(mask, v);
-    auto parts = channel_parts(data<T>(in.x), v, valid, eps);
+    const auto parts = channel_parts(data<T>(in.x), v, valid, eps);
     parallel(v.c, 64 * v.n * parts.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        merge(parts, v, c, reproducible, sizeof(Wide<T>) == 4, out<double>(mean)[c], out<double>(var)[c]);
+      for (int64_t c = begin; c < end; ++c) {
+        int64_t sums[kMoments] = {};
+        if (reproducible) add_exactly(parts, v, c, sums);
+        if (reproducible && on_grid(sums, sizeof(Wide<T>) == 4))
+          moments_of(sums, out<double>(mean)[c], out<double>(var)[c]);
+        else
+          merge(parts, v, c, out<double>(mean)[c], out<double>(var)[c]);
+      }
     });
     return {transformed<T>(in, x, data<double>(mean), data<double>(var), eps, weight, bias, valid, residual, relu),
             mean, var};
@@ -113,10 +118,17 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// What a batch's gradients need from outside of it: the order-free sums of all parts of the batch, and their values.
+struct Whole {
+  const int64_t* sums;
+  const double* count;
+};
+
 // With y, the gradient of a relu comes first; wanted[3] asks for the residual's.
 Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const Tensor& mean_, const Tensor& var_,
               double eps, bool training, const MaybeTensor& mask, bool reproducible, const MaybeTensor& weight,
-              std::optional<ScalarType> bias_dtype, const std::vector<bool>& wanted) {
+              std::optional<ScalarType> bias_dtype, const std::vector<bool>& wanted,
+              const std::optional<Whole>& whole = {}) {
   const Channels in = channels_of(x, reproducible);
   const Tensor dy = in.in_order(grad);
   const MaybeTensor opened = in.in_order(y);
@@ -133,20 +145,20 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
         {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr};
     Affine<T> a(v, true);
     for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
-    ByChannel<GradientSums> sums(View{});
-    if (training || want_dw || want_db) sums = gradient_sums(gradient.dy, gradient.x, v, a, valid);
-    double count = double(v.n * v.s);
-    if (valid) {
-      count = 0;
-      for (int64_t n = 0; n < v.n; ++n) count += valid.count(n);
-    }
-    count = std::max(count, 1.0);
+    const bool summed = !whole && (training || want_dw || want_db);
+    const auto sums = summed ? gradient_sums(gradient.dy, gradient.x, v, a, valid) : ByChannel<GradientSums>(View{});
+    const double here = std::max(1.0, valid ? valid.count() : double(v.n * v.s));
     parallel(v.c, 64 * v.n * sums.chunks, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
-        const double rstd = 1 / std::sqrt(vars[c] + eps), alpha = rstd * at(data<double>(w), c, 1);
+        int64_t local[2 * kSlots] = {};
+        const int64_t* exact = whole ? whole->sums + 2 * kSlots * c : reproducible ? local : nullptr;
         GradientSums all;
-        if (!sums.parts.empty()) all = merge(sums, v, c, reproducible);
-        dweight[c] = v.values() ? (all.dyc - all.dy * (means[c] - double(a.hi[c]))) * rstd : 0;
+        if (summed) all = merge(sums, v, c, means[c] - double(a.hi[c]), reproducible ? local : nullptr);
+        if (exact && !exact[kDigits] && !exact[kSlots + kDigits])
+          all = {value_of(exact).hi, value_of(exact + kSlots).hi};
+        const double rstd = 1 / std::sqrt(vars[c] + eps), alpha = rstd * at(data<double>(w), c, 1);
+        const double count = whole ? std::max(1.0, whole->count[c]) : here;
+        dweight[c] = whole || v.values() ? all.dyc * rstd : 0;
         dbias[c] = all.dy;
         const double slope = training ? alpha * rstd * dweight[c] / count : 0;
         a.backward(c, means[c], vars[c], rstd, alpha, slope, training ? alpha * all.dy / count : 0);
@@ -157,8 +169,68 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
   });
   if (wanted[0]) dx = laid_out(dx, x, in.copied);
   if (want_dr) dr = laid_out(dr, x, in.copied);
-  return {wanted[0] ? dx : nothing(x), want_dw ? rounded(dweight, x, weight->scalar_type()) : nothing(x),
-          want_db ? rounded(dbias, x, *bias_dtype) : nothing(x), dr};
+  return {wanted[0] ? dx : nothing(x), want_dw ? rounded(dweight, weight->scalar_type()) : nothing(x),
+          want_db ? rounded(dbias, *bias_dtype) : nothing(x), dr};
+}
+
+// The order-free sums of a part of a batch, (C, kMoments), to be added to those of the other parts.
+Tensor batch_norm_sums(Tensor x, double eps, MaybeTensor mask) {
+  const Channels in = channels_of(x, true);
+  const View& v = in.view;
+  Tensor sums = empty({v.c, kMoments}, ScalarType::Long);
+  std::fill_n(out<int64_t>(sums), v.c * kMoments, 0);
+  with_type(x, [&](auto tag) {
+    using T = decltype(tag);
+    const auto parts = channel_parts(data<T>(in.x), v, Mask(mask, v), eps);
+    parallel(v.c, 64 * v.n * parts.chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) add_exactly(parts, v, c, out<int64_t>(sums) + c * kMoments);
+    });
+  });
+  return sums;
+}
+
+// Mean, biased variance and count from the sums of all parts.
+Three batch_norm_moments(Tensor sums) {
+  const int64_t channels = sums.size(0);
+  const Tensor given = packed(sums);
+  Tensor mean = empty({channels}, ScalarType::Double), var = empty({channels}, ScalarType::Double),
+         count = empty({channels}, ScalarType::Double);
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t* of = data<int64_t>(given) + c * kMoments;
+    moments_of(of, out<double>(mean)[c], out<double>(var)[c]);
+    out<double>(count)[c] = double(of[2 * kSlots]);
+  }
+  return {mean, var, count};
+}
+
+// The order-free sums of dy and of dy * (x - mean) of a part of a batch, (C, 2 * kSlots).
+Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, double eps, MaybeTensor mask) {
+  const Channels in = channels_of(x, true);
+  const Tensor dy = in.in_order(grad);
+  const View& v = in.view;
+  Tensor result = empty({v.c, 2 * kSlots}, ScalarType::Long);
+  std::fill_n(out<int64_t>(result), v.c * 2 * kSlots, 0);
+  const MaybeTensor m = parameter<double>(mean), s = parameter<double>(var);
+  with_type(x, [&](auto tag) {
+    using T = decltype(tag);
+    const double *means = data<double>(m), *vars = data<double>(s);
+    Affine<T> a(v, true);
+    for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
+    const auto sums = gradient_sums(Upstream<T>{data<T>(dy)}, data<T>(in.x), v, a, Mask(mask, v));
+    for (int64_t c = 0; c < v.c; ++c)
+      merge(sums, v, c, means[c] - double(a.hi[c]), out<int64_t>(result) + 2 * kSlots * c);
+  });
+  return result;
+}
+
+// The gradients of a part of a batch, from the sums and counts of the whole; dweight and dbias are those of the whole.
+Three batch_norm_backward_of_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, double eps, MaybeTensor mask,
+                                  Tensor sums, Tensor count, MaybeTensor weight, std::optional<ScalarType> bias_dtype,
+                                  std::vector<bool> output_mask) {
+  const Tensor all = packed(sums), counts = packed(count);
+  auto [dx, dw, db, dr] = backward(dy, {}, x, mean, var, eps, true, mask, true, weight, bias_dtype, output_mask,
+                                   Whole{data<int64_t>(all), data<double>(counts)});
+  return {dx, dw, db};
 }
 
 Tensor batch_norm(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight, MaybeTensor bias, double eps,
@@ -248,6 +320,10 @@ STABLE_TORCH_LIBRARY_IMPL(normwise, CPU, m) {
   m.impl("batch_norm_forward", TORCH_BOX(&batch_norm_forward));
   m.impl("update_running_", TORCH_BOX(&update_running_));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  m.impl("batch_norm_sums", TORCH_BOX(&batch_norm_sums));
+  m.impl("batch_norm_moments", TORCH_BOX(&batch_norm_moments));
+  m.impl("batch_norm_gradient_sums", TORCH_BOX(&batch_norm_gradient_sums));
+  m.impl("batch_norm_backward_of_sums", TORCH_BOX(&batch_norm_backward_of_sums));
   m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
   m.impl("batch_norm_relu_forward", TORCH_BOX(&batch_norm_relu_forward));
   m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));

@@ -19,6 +19,17 @@ struct View {
   int64_t values() const { return n * c * s; }
 };
 
+// A copy without the gaps between samples, so that a sample's sums have the same order with and without its neighbours.
+inline Tensor packed_channels_last(const Tensor& x) {
+  std::vector<int64_t> strides(x.dim(), 1);
+  int64_t expected = x.size(1);
+  for (int64_t i = x.dim() - 1; i >= 2; --i) strides[i] = expected, expected *= x.size(i);
+  strides[0] = expected;
+  Tensor r = empty_strided(x.sizes(), strides, x.scalar_type());
+  torch::stable::copy_(r, x);
+  return r;
+}
+
 // x as (N, C, S) in memory that the loops can walk: as it lies, or copied.
 struct Channels {
   Tensor x;
@@ -28,8 +39,9 @@ struct Channels {
   explicit Channels(const Tensor& input) : x(input) {
     const int64_t n = x.size(0), c = x.size(1), s = n && c ? x.numel() / (n * c) : 0;
     const bool last = channels_last();
-    if (!x.is_contiguous() && !last) x = torch::stable::contiguous(x), copied = true;
-    view = {n, c, s, last || s == 1};
+    copied = !x.is_contiguous() && !last;
+    if (copied) x = c > 1 && x.stride(1) == 1 ? packed_channels_last(x) : torch::stable::contiguous(x);
+    view = {n, c, s, last || s == 1 || (copied && x.stride(1) == 1)};
   }
 
   // A tensor of the same shape in the same order of memory.
@@ -69,11 +81,8 @@ class Mask {
   const bool* of(int64_t n) const {
     return valid_.empty() ? nullptr : reinterpret_cast<const bool*>(valid_.data()) + n * s_;
   }
-  double count(int64_t n) const {
-    double in = 0;
-    for (int64_t s = 0; s < s_; ++s) in += of(n)[s];
-    return in;
-  }
+  double count(int64_t n) const { return double(std::count(of(n), of(n) + s_, true)); }
+  double count() const { return double(std::count(valid_.begin(), valid_.end(), 1)); }
   // The same in the type of the values, for vectors; empty if all take part.
   template <class A>
   std::vector<A> as(int64_t n) const {
@@ -176,7 +185,8 @@ struct Affine {
     scale[k] = A(s);
     offset[k] = A(o + (mean - double(hi[k])) * shift);
     slope[k] = A(b);
-    if (is_extreme<T>(mean, rstd))
+    const bool lost = sizeof(A) == 4 && var > 0 && var < 1e-70;  // dy * c would be too small for a float
+    if (lost || is_extreme<T>(mean, rstd))
       exact[k] = {mean, s, o, b}, extreme[k] = 1, any_extreme.store(true, std::memory_order_relaxed);
   }
 };
@@ -402,8 +412,8 @@ inline double at(const P* p, int64_t i, double otherwise) {
   return p ? double(p[i]) : otherwise;
 }
 
-inline Tensor rounded(const std::vector<double>& values, const Tensor& like, ScalarType type) {
-  Tensor t = empty(like, {int64_t(values.size())}, type);
+inline Tensor rounded(const std::vector<double>& values, ScalarType type) {
+  Tensor t = empty({int64_t(values.size())}, type);
   with_type(t, [&](auto tag) {
     using P = decltype(tag);
     for (size_t i = 0; i < values.size(); ++i) put(out<P>(t) + i, Wide<P>(values[i]));

@@ -19,8 +19,8 @@ Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, co
   const Channels in(x);
   const View& v = in.view;
   const Mask valid(mask, v);
-  Tensor y = fresh_like(in.x), mean = empty(x, {x.size(0), groups}, ScalarType::Double),
-         rstd = empty(x, {x.size(0), groups}, ScalarType::Double);
+  Tensor y = fresh_like(in.x), mean = empty({x.size(0), groups}, ScalarType::Double),
+         rstd = empty({x.size(0), groups}, ScalarType::Double);
   const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
@@ -142,8 +142,8 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
     }
   });
   if (wanted[0]) dx = widened(laid_out(dx, x, in.copied), input.scalar_type());
-  return {dx, want_dw ? rounded(dweight, x, weight->scalar_type()) : nothing(x),
-          want_db ? rounded(dbias, x, *bias_dtype) : nothing(x)};
+  return {dx, want_dw ? rounded(dweight, weight->scalar_type()) : nothing(x),
+          want_db ? rounded(dbias, *bias_dtype) : nothing(x)};
 }
 
 }  // namespace

@@ -21,10 +21,11 @@ struct Rows {
     rows = cols ? x.numel() / cols : 0;
     if (!copied) return;
     inner = k == 1 ? planes() : 1;
+    copied = inner == 1 || (x.size(0) > 1 && x.stride(0) != inner * cols);
     if (inner == 1)
       x = torch::stable::contiguous(x);
-    else
-      copied = false;
+    else if (copied)
+      x = without_gaps();
   }
   // t in the same order of memory.
   Tensor in_order(const Tensor& t) const {
@@ -45,8 +46,15 @@ struct Rows {
       if (x.size(i) != 1 && x.stride(i) != expected) return 1;
       expected *= x.size(i);
     }
-    const bool fits = x.stride(x.dim() - 1) == expected && (x.size(0) == 1 || x.stride(0) == expected * cols);
-    return fits ? expected : 1;
+    return x.stride(x.dim() - 1) == expected ? expected : 1;
+  }
+  // A copy in which the samples follow each other.
+  Tensor without_gaps() const {
+    std::vector<int64_t> strides(x.strides().begin(), x.strides().end());
+    strides[0] = inner * cols;
+    Tensor r = empty_strided(x.sizes(), strides, x.scalar_type());
+    torch::stable::copy_(r, x);
+    return r;
   }
 };
 
@@ -90,10 +98,11 @@ struct Forward {
       return s;
     }
     const V hi = V::all(s.hi), scale = V::all(s.scale), rest = V::all(s.rest);
-    each_vector<L>(cols, [&](int64_t c, auto m) NORMWISE_INLINE {
+    const A *const ws = weight, *const bs = bias;  // locals, which no store can change
+    each_vector<L>(cols, [=](int64_t c, auto m) NORMWISE_INLINE {
       V v = fma(load_up_to(x + c, m) - hi, scale, rest);
-      if (weight) v = v * load_up_to(weight + c, m);
-      if (bias) v = v + load_up_to(bias + c, m);
+      if (ws) v = v * load_up_to(ws + c, m);
+      if (bs) v = v + load_up_to(bs + c, m);
       store_up_to(y + c, v, m);
     });
     return s;
@@ -164,8 +173,8 @@ Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, cons
   const MaybeTensor added = residual ? MaybeTensor(in.in_order(*residual)) : residual;
   Result r{fresh_like(in.x), {}, {}, {}};
   if (residual) r.h = fresh_like(in.x);
-  if (save && centred) r.mean = empty(in.x, in.kept, ScalarType::Double);
-  if (save) r.rstd = empty(in.x, in.kept, ScalarType::Double);
+  if (save && centred) r.mean = empty(in.kept, ScalarType::Double);
+  if (save) r.rstd = empty(in.kept, ScalarType::Double);
   with_type(in.x, [&](auto tag) {
     using T = decltype(tag);
     const MaybeTensor w = parameter<Wide<T>>(weight), b = parameter<Wide<T>>(bias);
@@ -219,59 +228,37 @@ struct Backward {
   const T *dy, *x, *dh;  // dh is added to dx, if there
   T* dx;                 // or null
 
-  template <class M>
-  V weights(int64_t c, M m) const {
-    return weight ? load_up_to(weight + c, m) : V::all(1);
-  }
-
-  // R packed rows from i. Their part of dweight and dbias is added to the arrays, if there.
-  template <int R>
-  void rows(int64_t i, const double* mean, const double* rstd, A* dweight, A* dbias) const {
-    V hi[R], scale[R], rest[R];
-    for (int k = 0; k < R; ++k) {
-      const Statistics<T> s(mean ? mean[i + k] : 0, rstd[i + k]);
-      if (s.extreme && R == 1) return in_double(i * cols, s.mean, s.rstd, dweight, dbias);
-      if (s.extreme) {
-        for (int q = 0; q < R; ++q) rows<1>(i + q, mean, rstd, dweight, dbias);
-        return;
-      }
-      hi[k] = V::all(s.hi), scale[k] = V::all(s.scale), rest[k] = V::all(s.rest);
-    }
-    double s1[R] = {}, s2[R] = {};
+  // The packed row i. Its part of dweight and dbias is added to the arrays, if there.
+  void row(int64_t i, double mean, double rstd, A* dweight, A* dbias) const {
+    const Statistics<T> s(mean, rstd);
+    if (s.extreme) return in_double(i * cols, mean, rstd, dweight, dbias);
+    const V hi = V::all(s.hi), scale = V::all(s.scale), rest = V::all(s.rest);
+    const T *const dys = dy + i * cols, *const xs = x + i * cols, *const dhs = dh ? dh + i * cols : nullptr;
+    const A* const ws = weight;  // locals, which no store can change
+    const bool mean_too = centred;
+    double s1 = 0, s2 = 0;
     for (int64_t begin = 0; begin < cols; begin += kColumns) {
-      V one[R], two[R];
-      for (int k = 0; k < R; ++k) one[k] = two[k] = V::all(0);
-      each_vector<L>(std::min(kColumns, cols - begin), [&](int64_t at, auto m) NORMWISE_INLINE {
+      V one = V::all(0), two = V::all(0);
+      each_vector<L>(std::min(kColumns, cols - begin), [=, &one, &two](int64_t at, auto m) NORMWISE_INLINE {
         const int64_t c = begin + at;
-        for (int k = 0; k < R;
-             ++k) {  // the rows that come next: R of them at once are too many for the chip to foresee
-          __builtin_prefetch(dy + (i + R + k) * cols + c);
-          __builtin_prefetch(x + (i + R + k) * cols + c);
-        }
-        const V w = weights(c, m);
-        V d[R], product[R];
-        for (int k = 0; k < R; ++k) {
-          d[k] = load_up_to(dy + (i + k) * cols + c, m);  // zero beyond m
-          product[k] = d[k] * fma(load_up_to(x + (i + k) * cols + c, m) - hi[k], scale[k], rest[k]);
-          if (centred) one[k] = fma(d[k], w, one[k]);
-          two[k] = fma(product[k], w, two[k]);
-        }
-        if (dweight) store_up_to(dweight + c, load_up_to(dweight + c, m) + tree_of(product), m);
-        if (dbias) store_up_to(dbias + c, load_up_to(dbias + c, m) + tree_of(d), m);
+        const V d = load_up_to(dys + c, m), w = ws ? load_up_to(ws + c, m) : V::all(1);  // zero beyond m
+        const V product = d * fma(load_up_to(xs + c, m) - hi, scale, rest);
+        if (mean_too) one = fma(d, w, one);
+        two = fma(product, w, two);
+        if (dweight) store_up_to(dweight + c, load_up_to(dweight + c, m) + product, m);
+        if (dbias) store_up_to(dbias + c, load_up_to(dbias + c, m) + d, m);
       });
-      for (int k = 0; k < R; ++k) s1[k] += sum(one[k]), s2[k] += sum(two[k]);
+      s1 += sum(one), s2 += sum(two);
     }
     if (!dx) return;
-    for (int k = 0; k < R; ++k) {
-      const V a = V::all(A(s1[k] / double(cols))), b = V::all(A(s2[k] / double(cols)));
-      const int64_t row = (i + k) * cols;
-      each_vector<L>(cols, [&](int64_t c, auto m) NORMWISE_INLINE {
-        const V xhat = fma(load_up_to(x + row + c, m) - hi[k], scale[k], rest[k]);
-        V v = ((load_up_to(dy + row + c, m) * weights(c, m) - a) - xhat * b) * scale[k];
-        if (dh) v = v + load_up_to(dh + row + c, m);
-        store_up_to(dx + row + c, v, m);
-      });
-    }
+    const V a = V::all(A(s1 / double(cols))), b = V::all(A(s2 / double(cols)));
+    T* const to = dx + i * cols;
+    each_vector<L>(cols, [=](int64_t c, auto m) NORMWISE_INLINE {
+      const V xhat = fma(load_up_to(xs + c, m) - hi, scale, rest);
+      V v = ((load_up_to(dys + c, m) * (ws ? load_up_to(ws + c, m) : V::all(1)) - a) - xhat * b) * scale;
+      if (dhs) v = v + load_up_to(dhs + c, m);
+      store_up_to(to + c, v, m);
+    });
   }
 
   // `count` planar rows from i, whose first value lies at `first`. Their part of dweight and dbias is added in double.
@@ -369,8 +356,8 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
   const bool want_dx = wanted[0], want_dw = wanted[1] && weight, want_db = wanted[2] && bias_type,
              sums = want_dw || want_db;
   Gradients r{want_dx ? fresh_like(in.x) : nothing(in.x),
-              want_dw ? empty(in.x, in.shape, weight->scalar_type()) : nothing(in.x),
-              want_db ? empty(in.x, in.shape, *bias_type) : nothing(in.x)};
+              want_dw ? empty(in.shape, weight->scalar_type()) : nothing(in.x),
+              want_db ? empty(in.shape, *bias_type) : nothing(in.x)};
   // Blocks of rows, or tiles, in a fixed number of chunks, whatever the number of threads; each chunk is summed in
   // order, then all of them.
   const bool packed_rows = in.inner == 1;
@@ -400,9 +387,7 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
           }
           std::fill(block.begin(), block.end(), A(0));
           const int64_t last = std::min((b + 1) * kRowBlock, rows);
-          int64_t i = b * kRowBlock;
-          for (; i + 4 <= last; i += 4) run.template rows<4>(i, means, rstds, dw, db);
-          for (; i < last; ++i) run.template rows<1>(i, means, rstds, dw, db);
+          for (int64_t i = b * kRowBlock; i < last; ++i) run.row(i, means ? means[i] : 0, rstds[i], dw, db);
           for (size_t j = 0; j < block.size(); ++j) sum[j] += double(block[j]);
         }
       }
@@ -420,63 +405,63 @@ using One = Tensor;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Sizes = std::vector<int64_t>;
+using Shape = std::vector<int64_t>;
 using Type = std::optional<ScalarType>;
 using Flags = std::vector<bool>;
 
-int64_t axes(const Sizes& shape) { return int64_t(shape.size()); }
+int64_t axes(const Shape& shape) { return int64_t(shape.size()); }
 
-One layer_norm(Tensor x, Sizes shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
+One layer_norm(Tensor x, Shape shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
   return forward(x, {}, axes(shape), weight, bias, eps, true, out_dtype, false).y;
 }
-Three layer_norm_forward(Tensor x, Sizes shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
+Three layer_norm_forward(Tensor x, Shape shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
   auto r = forward(x, {}, axes(shape), weight, bias, eps, true, out_dtype, true);
   return {r.y, r.mean, r.rstd};
 }
-Three layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Sizes shape, MaybeTensor weight,
+Three layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Shape shape, MaybeTensor weight,
                           Type bias_dtype, Flags output_mask) {
   auto r = backward(dy, {}, x, mean, rstd, axes(shape), weight, bias_dtype, output_mask);
   return {r.dx, r.dweight, r.dbias};
 }
 
-One rms_norm(Tensor x, Sizes shape, MaybeTensor weight, double eps, Type out_dtype) {
+One rms_norm(Tensor x, Shape shape, MaybeTensor weight, double eps, Type out_dtype) {
   return forward(x, {}, axes(shape), weight, {}, eps, false, out_dtype, false).y;
 }
-Two rms_norm_forward(Tensor x, Sizes shape, MaybeTensor weight, double eps, Type out_dtype) {
+Two rms_norm_forward(Tensor x, Shape shape, MaybeTensor weight, double eps, Type out_dtype) {
   auto r = forward(x, {}, axes(shape), weight, {}, eps, false, out_dtype, true);
   return {r.y, r.rstd};
 }
-Two rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Sizes shape, MaybeTensor weight, Flags output_mask) {
+Two rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Shape shape, MaybeTensor weight, Flags output_mask) {
   auto r = backward(dy, {}, x, {}, rstd, axes(shape), weight, {}, {output_mask[0], output_mask[1], false});
   return {r.dx, r.dweight};
 }
 
-Two fused_add_layer_norm(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, MaybeTensor bias, double eps,
+Two fused_add_layer_norm(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, MaybeTensor bias, double eps,
                          Type out_dtype) {
   auto r = forward(x, residual, axes(shape), weight, bias, eps, true, out_dtype, false);
   return {r.y, r.h};
 }
-Four fused_add_layer_norm_forward(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, MaybeTensor bias,
+Four fused_add_layer_norm_forward(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, MaybeTensor bias,
                                   double eps, Type out_dtype) {
   auto r = forward(x, residual, axes(shape), weight, bias, eps, true, out_dtype, true);
   return {r.y, r.h, r.mean, r.rstd};
 }
-Three fused_add_layer_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor mean, Tensor rstd, Sizes shape,
+Three fused_add_layer_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor mean, Tensor rstd, Shape shape,
                                     MaybeTensor weight, Type bias_dtype, Flags output_mask) {
   auto r = backward(dy, dh, h, mean, rstd, axes(shape), weight, bias_dtype, output_mask);
   return {r.dx, r.dweight, r.dbias};
 }
 
-Two fused_add_rms_norm(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, double eps, Type out_dtype) {
+Two fused_add_rms_norm(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, double eps, Type out_dtype) {
   auto r = forward(x, residual, axes(shape), weight, {}, eps, false, out_dtype, false);
   return {r.y, r.h};
 }
-Three fused_add_rms_norm_forward(Tensor x, Tensor residual, Sizes shape, MaybeTensor weight, double eps,
+Three fused_add_rms_norm_forward(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, double eps,
                                  Type out_dtype) {
   auto r = forward(x, residual, axes(shape), weight, {}, eps, false, out_dtype, true);
   return {r.y, r.h, r.rstd};
 }
-Two fused_add_rms_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor rstd, Sizes shape, MaybeTensor weight,
+Two fused_add_rms_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor rstd, Shape shape, MaybeTensor weight,
                                 Flags output_mask) {
   auto r = backward(dy, dh, h, {}, rstd, axes(shape), weight, {}, {output_mask[0], output_mask[1], false});
   return {r.dx, r.dweight};

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -64,6 +65,10 @@ class Memory {
     const std::lock_guard<std::mutex> lock(mutex_);
     return limit_;
   }
+  // Fill what a kernel is to write with NaN first, so that a test sees what it forgot.
+  bool poisoned() const { return poisoned_; }
+  void set_poisoned(bool on) { poisoned_ = on; }
+
   void set_limit(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     limit_ = bytes;
@@ -104,6 +109,7 @@ class Memory {
   std::vector<Block> free_;  // the last one released stands last
   std::unordered_map<void*, int64_t> used_;
   int64_t held_ = 0, limit_ = 512 << 20;
+  std::atomic<bool> poisoned_ = false;
 };
 
 }  // namespace normwise

@@ -162,8 +162,6 @@ template <class V, int K>
 inline V tree_of(const V (&v)[K]) {
   if constexpr (K == 1)
     return v[0];
-  else if constexpr (K == 4)
-    return (v[0] + v[1]) + (v[2] + v[3]);
   else
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }

@@ -70,6 +70,7 @@ inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::st
 inline int64_t bytes_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
+    case ScalarType::Long:
       return 8;
     case ScalarType::Float:
       return 4;
@@ -90,15 +91,38 @@ inline bool is_dense(const Tensor& t) {
   return expected == t.numel();
 }
 
+inline Tensor poisoned(Tensor t) {
+  if (Memory::instance().poisoned())
+    std::memset(t.mutable_data_ptr(), 0xff, size_t(t.numel() * bytes_of(t.scalar_type())));
+  return t;
+}
+
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Uninitialized memory on the CPU, without the microsecond that the dispatcher takes.
+inline Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType type) {
+  AtenTensorHandle handle;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return poisoned(Tensor(handle));
+}
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return empty_strided(sizes, strides, type);
+}
+
 // What torch.empty_like gives, in memory that is reused where it is large.
 inline Tensor fresh_like(const Tensor& t) {
-  const int64_t bytes = t.numel() * bytes_of(t.scalar_type());
-  if (bytes < Memory::kSmallest || !Memory::instance().limit()) return torch::stable::empty_like(t);
   if (!is_dense(t)) return torch::stable::empty_like(t);  // which then has other strides
+  const int64_t bytes = t.numel() * bytes_of(t.scalar_type());
+  if (bytes < Memory::kSmallest || !Memory::instance().limit())
+    return empty_strided(t.sizes(), t.strides(), t.scalar_type());
   void* data = Memory::instance().take(bytes);
   try {
-    return torch::stable::from_blob(data, t.sizes(), t.strides(), t.device(), t.scalar_type(),
-                                    [](void* p) { Memory::instance().give(p); });
+    return poisoned(torch::stable::from_blob(data, t.sizes(), t.strides(), t.device(), t.scalar_type(),
+                                             [](void* p) { Memory::instance().give(p); }));
   } catch (...) {
     Memory::instance().give(data);
     throw;
@@ -126,10 +150,6 @@ inline Tensor widened(const Tensor& t, std::optional<ScalarType> type) {
   return !type || *type == t.scalar_type() ? t : torch::stable::to(t, *type);
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
 // The type to compute in for an output of this type, and the output from there.
 inline ScalarType computed(const Tensor& x, std::optional<ScalarType> out) {
   const ScalarType t = out.value_or(x.scalar_type());
@@ -137,7 +157,7 @@ inline ScalarType computed(const Tensor& x, std::optional<ScalarType> out) {
 }
 
 // What stands for a gradient that is not wanted.
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+inline Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
 
 // After a bare fork OpenMP's threads are gone and waiting for them hangs: the child runs alone.
 inline bool& forked() {

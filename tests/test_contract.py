@@ -12,6 +12,7 @@ import torch
 from cases import Norm
 
 import normwise.functional as nf
+from normwise.kernels import memory
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned")
 
@@ -23,7 +24,9 @@ def poisoned() -> Iterator[None]:
     """New memory holds NaN, so that an output which is not written shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    memory.poison(True)
     yield
+    memory.poison(False)
     torch.use_deterministic_algorithms(before)
 
 

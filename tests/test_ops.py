@@ -30,10 +30,14 @@ OPS = torch.ops.normwise
 SCHEMAS = """
 batch_norm(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, Tensor? mask) -> Tensor
 batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
+batch_norm_backward_of_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask, Tensor sums, Tensor count, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)
+batch_norm_gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask) -> Tensor
+batch_norm_moments(Tensor sums) -> (Tensor mean, Tensor var, Tensor count)
 batch_norm_relu(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, Tensor? mask, Tensor? residual) -> Tensor
 batch_norm_relu_backward(Tensor dy, Tensor y, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)
 batch_norm_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask, Tensor? residual, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)
+batch_norm_sums(Tensor x, float eps, Tensor? mask) -> Tensor
 fused_add_layer_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h)
 fused_add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor mean, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 fused_add_layer_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)
@@ -116,6 +120,15 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "batch_norm_relu_backward", (*common, [True, True, True, True])
     yield "fused_add_layer_norm_backward", (dy, None, x, *rows, [d], None, None, [True, True, True])
     yield "fused_add_rms_norm_backward", (dy, None, x, square, [d], None, [True, True])
+    sums = OPS.batch_norm_sums(x, 1e-5, mask)
+    mean, var, count = OPS.batch_norm_moments(sums)
+    yield "batch_norm_sums", (x, 1e-5, mask)
+    yield "batch_norm_moments", (sums,)
+    yield "batch_norm_gradient_sums", (dy, x, mean, var, 1e-5, mask)
+    sums = OPS.batch_norm_gradient_sums(dy, x, mean, var, 1e-5, mask)
+    common = (dy, x, mean, var, 1e-5, mask, sums, count, channels, f32)
+    yield "batch_norm_backward_of_sums", (*common, [True, True, True])
+    yield "batch_norm_backward_of_sums", (*common[:-2], None, None, [True, False, False])
     mean, var, count = torch.zeros(c), torch.ones(c), torch.tensor(0)
     yield "update_running_", (mean, var, count, *batch, x.numel() // c, None, mask)
     yield "update_running_", (mean, var, None, batch[0].expand(n, c), batch[1].expand(n, c), x.numel() // c, 0.1, None)

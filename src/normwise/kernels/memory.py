@@ -45,6 +45,12 @@ def clear() -> None:
     set_limit(size)
 
 
+def poison(on: bool) -> None:
+    """Fill outputs with NaN before the kernels write them: for tests, which then see what a kernel forgot."""
+    if _library:
+        _library.normwise_set_memory_poisoned(on)
+
+
 def describe() -> str:
     """One line for ``normwise env``."""
     if not limit():
@@ -63,6 +69,7 @@ def open_library(path: Path) -> None:
     for name in ("held", "limit"):
         getattr(_library, f"normwise_memory_{name}").restype = ctypes.c_int64
     _library.normwise_set_memory_limit.argtypes = [ctypes.c_int64]
+    _library.normwise_set_memory_poisoned.argtypes = [ctypes.c_bool]
     if asked := os.environ.get("NORMWISE_MEMORY_MB"):
         if not asked.isdecimal():
             raise ValueError(f"NORMWISE_MEMORY_MB: it must be a whole number of megabytes; got {asked!r}; unset it.")

@@ -10,6 +10,7 @@ Its autograd functions join forward and backward; asked for a double backward, t
 """
 
 from ..kernels import load_cpu_kernels
+from . import batch_norm_parts  # noqa: F401  declares its operators
 from .batch_norm import BatchNormEval, BatchNormReLUEval, BatchNormReLUTraining, BatchNormTraining
 from .group_norm import GroupNorm
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, LayerNorm, RMSNorm
