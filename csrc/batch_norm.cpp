@@ -19,18 +19,17 @@ Channels channels_of(const Tensor& x, bool by_sample) {
 // processes or parts of a batch hold is merged by adding them, integer by integer.
 constexpr int kMoments = 2 * kSlots + 1;
 
-void add_exactly(const ByChannel<Part>& parts, const View& v, int64_t c, int64_t* to) {
-  int64_t *const sum = to, *const squares = to + kSlots, *const count = to + 2 * kSlots;
-  for (int64_t n = 0; n < v.n; ++n)
-    parts.each(n, c, [&](const Part& p) {
-      *count += int64_t(p.count);
-      if (p.anchor == 0) return deposit(sum, p.sum), deposit(squares, p.squares);
-      const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
-      const Pair square =
-          two_product(p.anchor, p.anchor) * p.count + two_product(2 * p.anchor, p.sum) + Pair{p.squares, 0};
-      deposit(sum, all.hi), deposit(sum, all.lo);
-      deposit(squares, square.hi), deposit(squares, square.lo);
-    });
+void add_exactly(const ByChannel<Part>& parts, int64_t first, int64_t last, int64_t* to) {
+  parts.each_of(first, last, [=](const Part& p, int64_t c) {
+    int64_t *const sum = to + c * kMoments, *const squares = sum + kSlots;
+    sum[2 * kSlots] += int64_t(p.count);
+    if (p.anchor == 0) return deposit(sum, p.sum), deposit(squares, p.squares);
+    const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
+    const Pair square =
+        two_product(p.anchor, p.anchor) * p.count + two_product(2 * p.anchor, p.sum) + Pair{p.squares, 0};
+    deposit(sum, all.hi), deposit(sum, all.lo);
+    deposit(squares, square.hi), deposit(squares, square.lo);
+  });
 }
 
 void moments_of(const int64_t* sums, double& mean, double& var) {
@@ -46,22 +45,14 @@ bool on_grid(const int64_t* sums, bool is_float) {
   return !sums[kDigits] && !sums[kSlots + kDigits] && (is_float || value_of(sums + kSlots).hi > 0x1p-240);
 }
 
-void merge(const ByChannel<Part>& parts, const View& v, int64_t c, double& mean, double& var) {
-  Part all;
-  for (int64_t n = 0; n < v.n; ++n) parts.each(n, c, [&](const Part& p) { all += p; });
-  mean = all.mean(), var = all.var();
-}
-
-// The sums of dy and of dy * (x - mean) of one channel; with `to`, as order-free sums.
-GradientSums merge(const ByChannel<GradientSums>& parts, const View& v, int64_t c, double lo, int64_t* to) {
-  GradientSums all;
-  for (int64_t n = 0; n < v.n; ++n)
-    parts.each(n, c, [&](const GradientSums& p) {
-      const GradientSums centred{p.dy, p.dyc - p.dy * lo};
-      all += centred;
-      if (to) deposit(to, centred.dy), deposit(to + kSlots, centred.dyc);
-    });
-  return all;
+// The sums of dy and of dy * (x - mean), with lo what the mean has beside hi; with `to`, as order-free sums too.
+void add_gradients(const ByChannel<GradientSums>& parts, int64_t first, int64_t last, const double* lo,
+                   GradientSums* all, int64_t* to) {
+  parts.each_of(first, last, [=](const GradientSums& p, int64_t c) {
+    const GradientSums centred{p.dy, p.dyc - p.dy * lo[c]};
+    all[c] += centred;
+    if (to) deposit(to + 2 * kSlots * c, centred.dy), deposit(to + 2 * kSlots * c + kSlots, centred.dyc);
+  });
 }
 
 // y from statistics of shape (C).
@@ -101,14 +92,20 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
     using T = decltype(tag);
     const Mask valid(mask, v);
     const auto parts = channel_parts(data<T>(in.x), v, valid, eps);
-    parallel(v.c, 64 * v.n * parts.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        int64_t sums[kMoments] = {};
-        if (reproducible) add_exactly(parts, v, c, sums);
-        if (reproducible && on_grid(sums, sizeof(Wide<T>) == 4))
-          moments_of(sums, out<double>(mean)[c], out<double>(var)[c]);
+    each_merged(v.c, v.n * parts.chunks, [&](int64_t first, int64_t last) {
+      int64_t sums[kMerged * kMoments] = {};
+      Part all[kMerged];
+      if (reproducible) add_exactly(parts, first, last, sums);
+      const auto exact = [&](int64_t c) { return reproducible && on_grid(sums + c * kMoments, sizeof(Wide<T>) == 4); };
+      bool every = true;
+      for (int64_t c = 0; c < last - first; ++c) every = every && exact(c);
+      if (!every) parts.each_of(first, last, [&](const Part& p, int64_t c) { all[c] += p; });
+      for (int64_t c = 0; c < last - first; ++c) {
+        double &m = out<double>(mean)[first + c], &s = out<double>(var)[first + c];
+        if (exact(c))
+          moments_of(sums + c * kMoments, m, s);
         else
-          merge(parts, v, c, out<double>(mean)[c], out<double>(var)[c]);
+          m = all[c].mean(), s = all[c].var();
       }
     });
     return {transformed<T>(in, x, data<double>(mean), data<double>(var), eps, weight, bias, valid, residual, relu),
@@ -142,18 +139,23 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
     using T = decltype(tag);
     const double *means = data<double>(m), *vars = data<double>(s);
     const Gradient<T> gradient{
-        {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr};
+        {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr, !training};
     Affine<T> a(v, true);
     for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
     const bool summed = !whole && (training || want_dw || want_db);
     const auto sums = summed ? gradient_sums(gradient.dy, gradient.x, v, a, valid) : ByChannel<GradientSums>(View{});
     const double here = std::max(1.0, valid ? valid.count() : double(v.n * v.s));
-    parallel(v.c, 64 * v.n * sums.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        int64_t local[2 * kSlots] = {};
-        const int64_t* exact = whole ? whole->sums + 2 * kSlots * c : reproducible ? local : nullptr;
-        GradientSums all;
-        if (summed) all = merge(sums, v, c, means[c] - double(a.hi[c]), reproducible ? local : nullptr);
+    each_merged(v.c, v.n * sums.chunks, [&](int64_t first, int64_t last) {
+      int64_t local[kMerged * 2 * kSlots] = {};
+      GradientSums merged[kMerged];
+      double lo[kMerged];
+      for (int64_t c = first; c < last; ++c) lo[c - first] = means[c] - double(a.hi[c]);
+      if (summed) add_gradients(sums, first, last, lo, merged, reproducible ? local : nullptr);
+      for (int64_t c = first; c < last; ++c) {
+        const int64_t* exact = whole          ? whole->sums + 2 * kSlots * c
+                               : reproducible ? local + 2 * kSlots * (c - first)
+                                              : nullptr;
+        GradientSums all = merged[c - first];
         if (exact && !exact[kDigits] && !exact[kSlots + kDigits])
           all = {value_of(exact).hi, value_of(exact + kSlots).hi};
         const double rstd = 1 / std::sqrt(vars[c] + eps), alpha = rstd * at(data<double>(w), c, 1);
@@ -182,8 +184,8 @@ Tensor batch_norm_sums(Tensor x, double eps, MaybeTensor mask) {
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const auto parts = channel_parts(data<T>(in.x), v, Mask(mask, v), eps);
-    parallel(v.c, 64 * v.n * parts.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) add_exactly(parts, v, c, out<int64_t>(sums) + c * kMoments);
+    each_merged(v.c, v.n * parts.chunks, [&](int64_t first, int64_t last) {
+      add_exactly(parts, first, last, out<int64_t>(sums) + first * kMoments);
     });
   });
   return sums;
@@ -217,8 +219,10 @@ Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, 
     Affine<T> a(v, true);
     for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
     const auto sums = gradient_sums(Upstream<T>{data<T>(dy)}, data<T>(in.x), v, a, Mask(mask, v));
-    for (int64_t c = 0; c < v.c; ++c)
-      merge(sums, v, c, means[c] - double(a.hi[c]), out<int64_t>(result) + 2 * kSlots * c);
+    std::vector<double> lo(v.c);
+    std::vector<GradientSums> all(v.c);
+    for (int64_t c = 0; c < v.c; ++c) lo[c] = means[c] - double(a.hi[c]);
+    add_gradients(sums, 0, v.c, lo.data(), all.data(), out<int64_t>(result));
   });
   return result;
 }

@@ -100,7 +100,7 @@ constexpr int64_t kRun = 128;  // values of a planar run, whose sums are taken i
 template <class R>
 struct ByChannel {
   int64_t channels, chunks;
-  std::vector<R> parts;
+  Array<R> parts;
 
   ByChannel(const View& v, int64_t chunks_of_rows = 1)
       : channels(v.c), chunks(chunks_of_rows), parts(v.channels() * chunks) {}
@@ -108,6 +108,12 @@ struct ByChannel {
   template <class F>
   void each(int64_t n, int64_t c, const F& f) const {
     for (int64_t k = n * chunks; k < (n + 1) * chunks; ++k) f(parts[k * channels + c]);
+  }
+  // Call f(part, channel - first) for all samples and chunks of some channels, as they lie in memory.
+  template <class F>
+  void each_of(int64_t first, int64_t last, const F& f) const {
+    for (size_t from = 0; from < parts.size(); from += channels)
+      for (int64_t c = first; c < last; ++c) f(parts[from + c], c - first);
   }
 };
 
@@ -159,14 +165,15 @@ struct Affine {
   };
   int64_t c;
   bool shared;
-  std::vector<A> hi, scale, offset, slope;
-  std::vector<Exact> exact;  // the same in double, with c = x - mean, where A cannot hold the statistics
-  std::vector<char> extreme;
+  Array<A> hi, scale, offset, slope;
+  Array<Exact> exact;  // the same in double, with c = x - mean, where A cannot hold the statistics
+  Array<char> extreme;
   std::atomic<bool> any_extreme = false;
 
-  Affine(const View& v, bool one_for_all)
-      : c(v.c), shared(one_for_all), hi((shared ? v.c : v.channels())), scale(hi), offset(hi), slope(hi) {
-    if (sizeof(A) == 4) exact.resize(hi.size()), extreme.resize(hi.size());
+  Affine(const View& v, bool one_for_all) : c(v.c), shared(one_for_all) {
+    const int64_t n = shared ? v.c : v.channels();
+    for (auto* array : {&hi, &scale, &offset, &slope}) array->resize(n);
+    if (sizeof(A) == 4) exact.resize(n), extreme.resize(n);
   }
   int64_t index(int64_t channel) const { return shared ? channel % c : channel; }
 
@@ -185,9 +192,12 @@ struct Affine {
     scale[k] = A(s);
     offset[k] = A(o + (mean - double(hi[k])) * shift);
     slope[k] = A(b);
-    const bool lost = sizeof(A) == 4 && var > 0 && var < 1e-70;  // dy * c would be too small for a float
-    if (lost || is_extreme<T>(mean, rstd))
-      exact[k] = {mean, s, o, b}, extreme[k] = 1, any_extreme.store(true, std::memory_order_relaxed);
+    if (sizeof(A) == 8) return;
+    const bool lost = var > 0 && var < 1e-70;  // dy * c would be too small for a float
+    extreme[k] = lost || is_extreme<T>(mean, rstd);
+    if (!extreme[k]) return;
+    exact[k] = {mean, s, o, b};
+    any_extreme.store(true, std::memory_order_relaxed);
   }
 };
 
@@ -239,6 +249,15 @@ void lines(T* const out, const View& view, const Affine<T>& a, const Mask& mask,
         store_up_to(out + j + s, r, m);
       });
     }
+}
+
+// f(first, last) for channels whose parts are merged side by side: they lie side by side.
+constexpr int64_t kMerged = 8;
+template <class F>
+void each_merged(int64_t channels, int64_t parts_each, const F& f) {
+  parallel((channels + kMerged - 1) / kMerged, 64 * kMerged * parts_each, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b * kMerged, std::min((b + 1) * kMerged, channels));
+  });
 }
 
 inline int64_t lines_of(const View& v) { return v.interleaved ? v.n * v.s : v.channels(); }
@@ -299,6 +318,7 @@ GradientSums line_sums(const Upstream<T> dy, const T* const x, const View& v, in
   using A = Wide<T>;
   using V = Vec<A>;
   constexpr int L = V::lanes;
+  constexpr std::integral_constant<int, L> full;
   GradientSums r;
   const int64_t j = i * v.s;
   if (extreme) {
@@ -308,17 +328,20 @@ GradientSums line_sums(const Upstream<T> dy, const T* const x, const View& v, in
   }
   const V h = V::all(A(hi));
   for (int64_t begin = 0; begin < v.s; begin += kRun) {
+    const int64_t end = std::min(begin + kRun, v.s);
     V one[2] = {V::all(0), V::all(0)}, two[2] = {V::all(0), V::all(0)};
-    each_vector<L>(std::min(kRun, v.s - begin),
-                   [&, from = begin + j, keep = kept ? kept + begin : nullptr](int64_t s, auto m) NORMWISE_INLINE {
-                     V d = dy(from + s, m), c = load_up_to(x + from + s, m) - h;
-                     if (keep)
-                       d = unless_negative_or_zero(load_up_to(keep + s, m), d),
-                       c = unless_negative_or_zero(load_up_to(keep + s, m), c);
-                     const int k = s / L & 1;
-                     one[k] = one[k] + d;  // lanes from m on are zero
-                     two[k] = fma(d, m == L ? c : first(c, m), two[k]);
-                   });
+    for (int64_t s = begin; s < end;)
+      for (int k = 0; k < 2 && s < end; ++k, s += L) {
+        const int m = int(std::min<int64_t>(L, end - s));
+        V d = m == L ? dy(j + s, full) : dy(j + s, m);
+        V c = (m == L ? load(x + j + s) : load(x + j + s, m)) - h;
+        if (kept) {
+          const V keep = load(kept + s, m);
+          d = unless_negative_or_zero(keep, d), c = unless_negative_or_zero(keep, c);
+        }
+        one[k] = one[k] + d;  // lanes from m on are zero
+        two[k] = fma(d, m == L ? c : first(c, m), two[k]);
+      }
     r += {sum(one[0] + one[1]), sum(two[0] + two[1])};
   }
   return r;
@@ -386,15 +409,22 @@ struct Gradient {
   const T* x;
   T* dx;
   T* dresidual = nullptr;
+  bool fixed = false;  // the statistics are constants: dx = dy * scale
 
   void operator()(const View& v, const Affine<T>& a, const Mask& mask, int64_t begin, int64_t end) const {
-    lines(
-        dx, v, a, mask, begin, end,
-        [up = dy, in = x](const auto& p, int64_t j, auto m)
-            NORMWISE_INLINE { return (up(j, m) * p.scale - p.offset) - (load_up_to(in + j, m) - p.hi) * p.slope; },
-        [up = dy, in = x](const auto& p, int64_t j) {
-          return up.one(j) * p.scale - p.offset - (double(get(in + j)) - p.mean) * p.slope;
-        });
+    if (fixed)
+      lines(
+          dx, v, a, mask, begin, end,
+          [up = dy](const auto& p, int64_t j, auto m) NORMWISE_INLINE { return up(j, m) * p.scale; },
+          [up = dy](const auto& p, int64_t j) { return up.one(j) * p.scale; });
+    else
+      lines(
+          dx, v, a, mask, begin, end,
+          [up = dy, in = x](const auto& p, int64_t j, auto m)
+              NORMWISE_INLINE { return (up(j, m) * p.scale - p.offset) - (load_up_to(in + j, m) - p.hi) * p.slope; },
+          [up = dy, in = x](const auto& p, int64_t j) {
+            return up.one(j) * p.scale - p.offset - (double(get(in + j)) - p.mean) * p.slope;
+          });
     if (dresidual) pass_residual(v, begin, end);
   }
 

@@ -85,8 +85,13 @@ inline Pair value_of(const int64_t* sum) {
   const bool negative = carry(1);
   if (negative) carry(-1);
   Pair total;
-  for (int i = kDigits; i-- > 0;)
-    if (digit[i]) total = total + Pair{std::ldexp(double(digit[i]), kLowest + 32 * i), 0};
+  for (int i = kDigits; i-- > 0;) {
+    if (!digit[i]) continue;
+    const uint64_t bits = uint64_t(1023 + kLowest + 32 * i) << 52;
+    double weight;
+    std::memcpy(&weight, &bits, 8);
+    total = total + Pair{double(digit[i]) * weight, 0};
+  }
   return negative ? Pair{-total.hi, -total.lo} : total;
 }
 

@@ -94,7 +94,7 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
     const T* xs = data<T>(in.x);
     const Gradient<T> gradient{{data<T>(dy)}, xs, wanted[0] ? out<T>(dx) : nullptr};
     Affine<T> a(v, false);
-    std::vector<GradientSums> sums(v.channels());
+    Array<GradientSums> sums(v.channels());
     const auto var = [&](int64_t g) { return std::max(0.0, 1 / (rs[g] * rs[g]) - eps); };
     const auto center = [&](int64_t g) {
       for (int64_t i = g * width; i < (g + 1) * width; ++i) a.backward(i, ms[g], var(g), rs[g], 0, 0, 0);

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <new>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace normwise {
@@ -111,5 +112,33 @@ class Memory {
   int64_t held_ = 0, limit_ = 512 << 20;
   std::atomic<bool> poisoned_ = false;
 };
+
+// For the arrays that a call needs for itself, which would else be fresh memory in every call; left uninitialized.
+template <class T>
+struct Reused {
+  using value_type = T;
+  static constexpr size_t kSmallest = 1 << 15;  // bytes
+
+  Reused() = default;
+  template <class U>
+  Reused(const Reused<U>&) {}
+  T* allocate(size_t n) {
+    const size_t bytes = n * sizeof(T);
+    return static_cast<T*>(bytes < kSmallest ? ::operator new(bytes) : Memory::instance().take(int64_t(bytes)));
+  }
+  void deallocate(T* p, size_t n) { n * sizeof(T) < kSmallest ? ::operator delete(p) : Memory::instance().give(p); }
+  template <class U>
+  void construct(U* p) {
+    ::new (p) U;
+  }
+  template <class U, class... Args>
+  void construct(U* p, Args&&... args) {
+    ::new (p) U(std::forward<Args>(args)...);
+  }
+  bool operator==(const Reused&) const { return true; }
+};
+
+template <class T>
+using Array = std::vector<T, Reused<T>>;
 
 }  // namespace normwise

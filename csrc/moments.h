@@ -109,13 +109,14 @@ inline Part part_about(Wide<T> a, const T* const x, int64_t n, const Wide<T>* co
     if (!kept)
       for (; i + kStreams * L <= end; i += kStreams * L)
         for (int k = 0; k < kStreams; ++k) add(k, Anchored ? load(x + i + k * L) - hi : load(x + i + k * L));
-    for (int k = 0; i < end; i += L, k = (k + 1) % kStreams) {
-      const int m = int(std::min<int64_t>(L, end - i));
-      V d = m == L ? load(x + i) : load(x + i, m);
-      if (Anchored) d = d - hi;
-      if (kept) d = unless_negative_or_zero(m == L ? load(kept + i) : load(kept + i, m), d);
-      add(k, Anchored && m < L ? first(d, m) : d);
-    }
+    while (i < end)
+      for (int k = 0; k < kStreams && i < end; ++k, i += L) {
+        const int m = int(std::min<int64_t>(L, end - i));
+        V d = m == L ? load(x + i) : load(x + i, m);
+        if (Anchored) d = d - hi;
+        if (kept) d = unless_negative_or_zero(m == L ? load(kept + i) : load(kept + i, m), d);
+        add(k, Anchored && m < L ? first(d, m) : d);
+      }
     if (Centred) p.sum += sum(tree(one));
     p.squares += sum(tree(two));
   }

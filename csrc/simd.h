@@ -261,6 +261,13 @@ inline void store(T* p, const Vec<Wide<T>>& a, int n) {
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)a.v[0]);
     return;
+  } else if constexpr (sizeof(T) == 2) {
+    T lane[16];
+    store(lane, a);
+    __m256i part;
+    std::memcpy(&part, lane, 32);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), part);
+    return;
   }
 #endif
   T lane[Vec<Wide<T>>::lanes];

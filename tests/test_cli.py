@@ -586,7 +586,10 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupted_by_a_signal() -> None:
-    code = "import sys; from normwise.cli import main; print('ready', flush=True); main()"
+    listen = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job in the background does not
+    )
+    code = f"{listen}; from normwise.cli import main; print('ready', flush=True); main()"
     with subprocess.Popen(
         [sys.executable, "-c", code, "compare", "-"],
         stdin=subprocess.PIPE,

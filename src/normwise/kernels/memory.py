@@ -1,8 +1,9 @@
 """Memory of large outputs, as the CPU kernels reuse it.
 
 Fresh memory costs more than the arithmetic of a norm: the operating system clears every page at its first touch. So the
-kernels keep the blocks, of 1 MB and more, that freed outputs leave, up to a limit, and give them to later outputs. The
-memory of a live tensor is never counted nor touched. ``NORMWISE_MEMORY_MB`` sets the limit at the start.
+kernels keep the blocks, of 1 MB and more, that freed outputs leave, up to a limit, and give them to later outputs; so
+they do with the arrays of 32 kB and more that a call needs for itself. The memory of a live tensor is never counted nor
+touched. ``NORMWISE_MEMORY_MB`` sets the limit at the start.
 
 A tensor in such a block cannot grow: ``y.resize_`` to more elements raises. A limit of 0 turns the reuse off.
 """
