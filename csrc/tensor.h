@@ -92,7 +92,7 @@ inline bool is_dense(const Tensor& t) {
 }
 
 inline Tensor poisoned(Tensor t) {
-  if (Memory::instance().poisoned())
+  if (Memory::instance().poisoned() && t.numel())
     std::memset(t.mutable_data_ptr(), 0xff, size_t(t.numel() * bytes_of(t.scalar_type())));
   return t;
 }
