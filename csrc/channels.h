@@ -25,9 +25,7 @@ inline Tensor packed_channels_last(const Tensor& x) {
   int64_t expected = x.size(1);
   for (int64_t i = x.dim() - 1; i >= 2; --i) strides[i] = expected, expected *= x.size(i);
   strides[0] = expected;
-  Tensor r = empty_strided(x.sizes(), strides, x.scalar_type());
-  torch::stable::copy_(r, x);
-  return r;
+  return copy_with(x, strides);
 }
 
 // x as (N, C, S) in memory that the loops can walk: as it lies, or copied.
@@ -44,14 +42,7 @@ struct Channels {
     view = {n, c, s, last || s == 1 || (copied && x.stride(1) == 1)};
   }
 
-  // A tensor of the same shape in the same order of memory.
-  Tensor in_order(const Tensor& t) const {
-    const auto a = t.strides(), b = x.strides();
-    if (std::equal(a.begin(), a.end(), b.begin(), b.end())) return t;
-    Tensor r = fresh_like(x);
-    torch::stable::copy_(r, t);
-    return r;
-  }
+  Tensor in_order(const Tensor& t) const { return in_order_of(x, t); }
   MaybeTensor in_order(const MaybeTensor& t) const { return t ? MaybeTensor(in_order(*t)) : t; }
 
  private:

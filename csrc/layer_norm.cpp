@@ -27,15 +27,7 @@ struct Rows {
     else if (copied)
       x = without_gaps();
   }
-  // t in the same order of memory.
-  Tensor in_order(const Tensor& t) const {
-    if (t.is_contiguous() && inner == 1) return t;
-    const auto a = t.strides(), b = x.strides();
-    if (std::equal(a.begin(), a.end(), b.begin(), b.end())) return t;
-    Tensor r = fresh_like(x);
-    torch::stable::copy_(r, t);
-    return r;
-  }
+  Tensor in_order(const Tensor& t) const { return in_order_of(x, t); }
   int64_t tiles() const { return (inner + kTile - 1) / kTile; }
 
  private:
@@ -52,9 +44,7 @@ struct Rows {
   Tensor without_gaps() const {
     std::vector<int64_t> strides(x.strides().begin(), x.strides().end());
     strides[0] = inner * cols;
-    Tensor r = empty_strided(x.sizes(), strides, x.scalar_type());
-    torch::stable::copy_(r, x);
-    return r;
+    return copy_with(x, strides);
   }
 };
 

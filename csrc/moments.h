@@ -167,29 +167,6 @@ inline V tree_of(const V (&v)[K]) {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
-// f(first, constant or count) for n values, a vector at a time: L alone is a constant.
-template <int L, class F>
-inline void each_vector(int64_t n, const F& f) {
-  int64_t j = 0;
-  for (; j + L <= n; j += L) f(j, std::integral_constant<int, L>{});
-  if (j < n) f(j, int(n - j));
-}
-
-template <class T, class M>
-inline Vec<Wide<T>> load_up_to(const T* p, M m) {
-  if constexpr (std::is_same_v<M, int>)
-    return load(p, m);
-  else
-    return load(p);
-}
-template <class T, class M>
-inline void store_up_to(T* p, const Vec<Wide<T>>& v, M m) {
-  if constexpr (std::is_same_v<M, int>)
-    store(p, v, m);
-  else
-    store(p, v);
-}
-
 // Sums over the rows of a matrix, for each of its m columns, with anchors as in part_of. The rows are `stride` apart.
 template <class T>
 inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bool centred, const bool* valid,

@@ -275,6 +275,29 @@ inline void store(T* p, const Vec<Wide<T>>& a, int n) {
   std::memcpy(p, lane, n * sizeof(T));
 }
 
+// f(first, constant or count) for n values, a vector at a time: L alone is a constant.
+template <int L, class F>
+inline void each_vector(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + L <= n; j += L) f(j, std::integral_constant<int, L>{});
+  if (j < n) f(j, int(n - j));
+}
+
+template <class T, class M>
+inline Vec<Wide<T>> load_up_to(const T* p, M m) {
+  if constexpr (std::is_same_v<M, int>)
+    return load(p, m);
+  else
+    return load(p);
+}
+template <class T, class M>
+inline void store_up_to(T* p, const Vec<Wide<T>>& v, M m) {
+  if constexpr (std::is_same_v<M, int>)
+    store(p, v, m);
+  else
+    store(p, v);
+}
+
 // One value.
 inline float get(const float* p) { return *p; }
 inline double get(const double* p) { return *p; }

@@ -129,6 +129,22 @@ inline Tensor fresh_like(const Tensor& t) {
   }
 }
 
+inline Tensor copy_with(const Tensor& t, Sizes strides) {
+  Tensor r = empty_strided(t.sizes(), strides, t.scalar_type());
+  torch::stable::copy_(r, t);
+  return r;
+}
+
+// t in the order of memory that x has.
+inline Tensor in_order_of(const Tensor& x, const Tensor& t) {
+  if (t.is_contiguous() && x.is_contiguous()) return t;
+  const auto a = t.strides(), b = x.strides();
+  if (std::equal(a.begin(), a.end(), b.begin(), b.end())) return t;
+  Tensor r = fresh_like(x);
+  torch::stable::copy_(r, t);
+  return r;
+}
+
 // A parameter in the type that the kernel computes with.
 template <class A>
 inline MaybeTensor parameter(const MaybeTensor& p) {
