@@ -1,6 +1,5 @@
 // batch_norm: every channel has its own statistics, over all samples, or those that it is given.
 #include "channels.h"
-#include "exact_sum.h"
 
 namespace normwise {
 namespace {
@@ -20,15 +19,24 @@ Channels channels_of(const Tensor& x, bool by_sample) {
 constexpr int kMoments = 2 * kSlots + 1;
 
 void add_exactly(const ByChannel<Part>& parts, int64_t first, int64_t last, int64_t* to) {
-  parts.each_of(first, last, [=](const Part& p, int64_t c) {
-    int64_t *const sum = to + c * kMoments, *const squares = sum + kSlots;
-    sum[2 * kSlots] += int64_t(p.count);
-    if (p.anchor == 0) return deposit(sum, p.sum), deposit(squares, p.squares);
-    const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
-    const Pair square =
-        two_product(p.anchor, p.anchor) * p.count + two_product(2 * p.anchor, p.sum) + Pair{p.squares, 0};
-    deposit(sum, all.hi), deposit(sum, all.lo);
-    deposit(squares, square.hi), deposit(squares, square.lo);
+  const int64_t width = last - first;
+  Terms sums(to, width, kMoments), squares(to + kSlots, width, kMoments);
+  parts.each_row([&](const Part* row) {
+    double sum[kMerged] = {}, square[kMerged] = {}, sum_lo[kMerged] = {}, square_lo[kMerged] = {};
+    bool anchored = false;
+    for (int64_t c = 0; c < width; ++c) {
+      const Part& p = row[first + c];
+      to[c * kMoments + 2 * kSlots] += int64_t(p.count);
+      sum[c] = p.sum, square[c] = p.squares;
+      if (p.anchor == 0) continue;
+      anchored = true;
+      const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
+      const Pair about_zero =
+          two_product(p.anchor, p.anchor) * p.count + two_product(2 * p.anchor, p.sum) + Pair{p.squares, 0};
+      sum[c] = all.hi, sum_lo[c] = all.lo, square[c] = about_zero.hi, square_lo[c] = about_zero.lo;
+    }
+    sums.add(sum), squares.add(square);
+    if (anchored) sums.add(sum_lo), squares.add(square_lo);
   });
 }
 
@@ -45,13 +53,32 @@ bool on_grid(const int64_t* sums, bool is_float) {
   return !sums[kDigits] && !sums[kSlots + kDigits] && (is_float || value_of(sums + kSlots).hi > 0x1p-240);
 }
 
-// The sums of dy and of dy * (x - mean), with lo what the mean has beside hi; with `to`, as order-free sums too.
+// The sums of dy and of dy * (x - mean) * unit, with lo * unit what the mean has beside hi; with `to`, as order-free
+// sums too.
 void add_gradients(const ByChannel<GradientSums>& parts, int64_t first, int64_t last, const double* lo,
                    GradientSums* all, int64_t* to) {
-  parts.each_of(first, last, [=](const GradientSums& p, int64_t c) {
-    const GradientSums centred{p.dy, p.dyc - p.dy * lo[c]};
-    all[c] += centred;
-    if (to) deposit(to + 2 * kSlots * c, centred.dy), deposit(to + 2 * kSlots * c + kSlots, centred.dyc);
+  const int64_t width = to ? last - first : 0;
+  Terms dy(to, width, 2 * kSlots), dyc(to + kSlots, width, 2 * kSlots);
+  parts.each_row([&](const GradientSums* row) {
+    double one[kMerged] = {}, two[kMerged] = {};
+    for (int64_t c = first; c < last; ++c) {
+      const GradientSums centred{row[c].dy, row[c].dyc - row[c].dy * lo[c - first]};
+      all[c - first] += centred;
+      one[c - first] = centred.dy, two[c - first] = centred.dyc;
+    }
+    if (to) dy.add(one), dyc.add(two);
+  });
+}
+
+template <class T>
+Statistics<T> statistics(double mean, double var, double eps) {
+  return {mean, 1 / std::sqrt(var + eps), var};
+}
+
+template <class F>
+void each_channel(const View& v, const F& f) {
+  parallel(v.c, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) f(c);
   });
 }
 
@@ -63,10 +90,10 @@ Tensor transformed(const Channels& in, const Tensor& input, const double* mean, 
   const View& v = in.view;
   const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias), added = in.in_order(residual);
   Affine<T> a(v, true);
-  for (int64_t c = 0; c < v.c; ++c) {
-    const double rstd = 1 / std::sqrt(var[c] + eps);
-    a.forward(c, mean[c], var[c], rstd, rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
-  }
+  each_channel(v, [&](int64_t c) {
+    const auto of = statistics<T>(mean[c], var[c], eps);
+    a.forward(c, of, of.rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
+  });
   Tensor y = fresh_like(in.x);
   const Forward<T> transform{data<T>(in.x), out<T>(y), data<T>(added), relu};
   parallel(lines_of(v), 3 * length_of(v), [&](int64_t begin, int64_t end) { transform(v, a, mask, begin, end); });
@@ -99,7 +126,10 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
       const auto exact = [&](int64_t c) { return reproducible && on_grid(sums + c * kMoments, sizeof(Wide<T>) == 4); };
       bool every = true;
       for (int64_t c = 0; c < last - first; ++c) every = every && exact(c);
-      if (!every) parts.each_of(first, last, [&](const Part& p, int64_t c) { all[c] += p; });
+      if (!every)
+        parts.each_row([&](const Part* row) {
+          for (int64_t c = first; c < last; ++c) all[c - first] += row[c];
+        });
       for (int64_t c = 0; c < last - first; ++c) {
         double &m = out<double>(mean)[first + c], &s = out<double>(var)[first + c];
         if (exact(c))
@@ -121,6 +151,21 @@ struct Whole {
   const double* count;
 };
 
+// The sums of dy and of dy * (x - hi) * unit; lo receives what the mean has beside hi, times unit.
+template <class T, class Then>
+ByChannel<GradientSums> gradient_sums(const Upstream<T>& dy, const T* x, const View& v, const Mask& mask,
+                                      const double* mean, const double* var, double eps, std::vector<double>& lo,
+                                      const Then& then) {
+  Affine<T> a(v, true);
+  lo.resize(v.c);
+  each_channel(v, [&](int64_t c) {
+    const auto of = statistics<T>(mean[c], var[c], eps);
+    a.center(c, of);
+    lo[c] = of.lo() * of.unit();
+  });
+  return GradientSum<T>(dy, x, v, a, mask).all(then);
+}
+
 // With y, the gradient of a relu comes first; wanted[3] asks for the residual's.
 Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const Tensor& mean_, const Tensor& var_,
               double eps, bool training, const MaybeTensor& mask, bool reproducible, const MaybeTensor& weight,
@@ -137,20 +182,30 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
   Tensor dx = wanted[0] || want_dr ? fresh_like(in.x) : nothing(x), dr = want_dr ? fresh_like(in.x) : nothing(x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    const double *means = data<double>(m), *vars = data<double>(s);
+    const double *means = data<double>(m), *vars = data<double>(s), *ws = data<double>(w);
     const Gradient<T> gradient{
         {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr, !training};
     Affine<T> a(v, true);
-    for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
-    const bool summed = !whole && (training || want_dw || want_db);
-    const auto sums = summed ? gradient_sums(gradient.dy, gradient.x, v, a, valid) : ByChannel<GradientSums>(View{});
+    const auto transform = [&](int64_t begin, int64_t end) {
+      if (wanted[0] || want_dr) gradient(v, a, valid, begin, end);
+    };
+    if (!training)
+      each_channel(v, [&](int64_t c) {
+        const auto of = statistics<T>(means[c], vars[c], eps);
+        a.backward(c, of, of.rstd * at(ws, c, 1), 0, 0);
+      });
+    if (!training && !want_dw && !want_db) return parallel(lines_of(v), 3 * length_of(v), transform);
+    std::vector<double> lo;
+    const auto sums =
+        whole ? ByChannel<GradientSums>(View{})
+              : gradient_sums(gradient.dy, gradient.x, v, valid, means, vars, eps, lo, [&](int64_t begin, int64_t end) {
+                  if (!training) transform(begin, end);
+                });
     const double here = std::max(1.0, valid ? valid.count() : double(v.n * v.s));
     each_merged(v.c, v.n * sums.chunks, [&](int64_t first, int64_t last) {
       int64_t local[kMerged * 2 * kSlots] = {};
       GradientSums merged[kMerged];
-      double lo[kMerged];
-      for (int64_t c = first; c < last; ++c) lo[c - first] = means[c] - double(a.hi[c]);
-      if (summed) add_gradients(sums, first, last, lo, merged, reproducible ? local : nullptr);
+      if (!whole) add_gradients(sums, first, last, lo.data() + first, merged, reproducible ? local : nullptr);
       for (int64_t c = first; c < last; ++c) {
         const int64_t* exact = whole          ? whole->sums + 2 * kSlots * c
                                : reproducible ? local + 2 * kSlots * (c - first)
@@ -158,16 +213,14 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
         GradientSums all = merged[c - first];
         if (exact && !exact[kDigits] && !exact[kSlots + kDigits])
           all = {value_of(exact).hi, value_of(exact + kSlots).hi};
-        const double rstd = 1 / std::sqrt(vars[c] + eps), alpha = rstd * at(data<double>(w), c, 1);
-        const double count = whole ? std::max(1.0, whole->count[c]) : here;
-        dweight[c] = whole || v.values() ? all.dyc * rstd : 0;
+        const auto of = statistics<T>(means[c], vars[c], eps);
+        const double alpha = of.rstd * at(ws, c, 1), count = whole ? std::max(1.0, whole->count[c]) : here;
+        dweight[c] = whole || v.values() ? all.dyc * (of.rstd / of.unit()) : 0;
         dbias[c] = all.dy;
-        const double slope = training ? alpha * rstd * dweight[c] / count : 0;
-        a.backward(c, means[c], vars[c], rstd, alpha, slope, training ? alpha * all.dy / count : 0);
+        if (training) a.backward(c, of, alpha, alpha * of.rstd * dweight[c] / count, alpha * all.dy / count);
       }
     });
-    if (wanted[0] || want_dr)
-      parallel(lines_of(v), 3 * length_of(v), [&](int64_t begin, int64_t end) { gradient(v, a, valid, begin, end); });
+    if (training) parallel(lines_of(v), 3 * length_of(v), transform);
   });
   if (wanted[0]) dx = laid_out(dx, x, in.copied);
   if (want_dr) dr = laid_out(dr, x, in.copied);
@@ -205,7 +258,7 @@ Three batch_norm_moments(Tensor sums) {
   return {mean, var, count};
 }
 
-// The order-free sums of dy and of dy * (x - mean) of a part of a batch, (C, 2 * kSlots).
+// The order-free sums of dy and of dy * (x - mean) * unit of a part of a batch, (C, 2 * kSlots).
 Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, double eps, MaybeTensor mask) {
   const Channels in = channels_of(x, true);
   const Tensor dy = in.in_order(grad);
@@ -216,13 +269,13 @@ Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, 
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const double *means = data<double>(m), *vars = data<double>(s);
-    Affine<T> a(v, true);
-    for (int64_t c = 0; c < v.c; ++c) a.backward(c, means[c], vars[c], 1 / std::sqrt(vars[c] + eps), 0, 0, 0);
-    const auto sums = gradient_sums(Upstream<T>{data<T>(dy)}, data<T>(in.x), v, a, Mask(mask, v));
-    std::vector<double> lo(v.c);
-    std::vector<GradientSums> all(v.c);
-    for (int64_t c = 0; c < v.c; ++c) lo[c] = means[c] - double(a.hi[c]);
-    add_gradients(sums, 0, v.c, lo.data(), all.data(), out<int64_t>(result));
+    std::vector<double> lo;
+    const auto sums = gradient_sums(Upstream<T>{data<T>(dy)}, data<T>(in.x), v, Mask(mask, v), means, vars, eps, lo,
+                                    [](int64_t, int64_t) {});
+    each_merged(v.c, v.n * sums.chunks, [&](int64_t first, int64_t last) {
+      GradientSums all[kMerged];
+      add_gradients(sums, first, last, lo.data() + first, all, out<int64_t>(result) + first * 2 * kSlots);
+    });
   });
   return result;
 }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <vector>
 
+#include "exact_sum.h"
 #include "moments.h"
 #include "tensor.h"
 
@@ -85,8 +86,6 @@ class Mask {
   std::vector<char> valid_;
 };
 
-constexpr int64_t kRun = 128;  // values of a planar run, whose sums are taken in A
-
 // A result for each sample and channel, of type R that += can merge. Long interleaved channels come in several chunks.
 template <class R>
 struct ByChannel {
@@ -100,11 +99,10 @@ struct ByChannel {
   void each(int64_t n, int64_t c, const F& f) const {
     for (int64_t k = n * chunks; k < (n + 1) * chunks; ++k) f(parts[k * channels + c]);
   }
-  // Call f(part, channel - first) for all samples and chunks of some channels, as they lie in memory.
+  // Call f for all samples and chunks, with the parts of their channels.
   template <class F>
-  void each_of(int64_t first, int64_t last, const F& f) const {
-    for (size_t from = 0; from < parts.size(); from += channels)
-      for (int64_t c = first; c < last; ++c) f(parts[from + c], c - first);
+  void each_row(const F& f) const {
+    for (size_t from = 0; from < parts.size(); from += channels) f(parts.data() + from);
   }
 };
 
@@ -137,6 +135,11 @@ ByChannel<Part> channel_parts(const T* x, const View& v, const Mask& mask, doubl
     });
   ByChannel<Part> r(v);
   parallel(v.channels(), v.s, [&](int64_t begin, int64_t end) {
+    if (v.s <= kShort && !mask) {
+      for (int64_t i = begin; i < end; i += 8)
+        short_parts(x + i * v.s, v.s, std::min<int64_t>(8, end - i), eps, &r.parts[i]);
+      return;
+    }
     std::vector<Wide<T>> kept;
     for (int64_t i = begin; i < end; ++i) {
       if (mask && (i == begin || i % v.c == 0)) kept = mask.as<Wide<T>>(i / v.c);
@@ -169,25 +172,21 @@ struct Affine {
   int64_t index(int64_t channel) const { return shared ? channel % c : channel; }
 
   // The arguments belong to c = x - mean; what the mean has beside hi goes into the offset.
-  void forward(int64_t i, double mean, double var, double rstd, double s, double o) {
-    set(i, mean, var, rstd, s, o, 0, -s);
+  void forward(int64_t i, const Statistics<T>& of, double s, double o) { set(i, of, s, o - of.lo() * s, o, 0); }
+  void backward(int64_t i, const Statistics<T>& of, double s, double b, double o) {
+    set(i, of, s, o - of.lo() * b, o, b);
   }
-  void backward(int64_t i, double mean, double var, double rstd, double s, double b, double o) {
-    set(i, mean, var, rstd, s, o, b, -b);
-  }
+  // For the sums of the gradients: of dy * (c * scale).
+  void center(int64_t i, const Statistics<T>& of) { set(i, of, of.unit(), 0, 0, 0); }
 
  private:
-  void set(int64_t i, double mean, double var, double rstd, double s, double o, double b, double shift) {
+  void set(int64_t i, const Statistics<T>& of, double s, double o, double exact_o, double b) {
     const size_t k = i;
-    hi[k] = high<T>(mean, std::sqrt(var));
-    scale[k] = A(s);
-    offset[k] = A(o + (mean - double(hi[k])) * shift);
-    slope[k] = A(b);
+    hi[k] = of.hi, scale[k] = A(s), offset[k] = A(o), slope[k] = A(b);
     if (sizeof(A) == 8) return;
-    const bool lost = var > 0 && var < 1e-70;  // dy * c would be too small for a float
-    extreme[k] = lost || is_extreme<T>(mean, rstd);
-    if (!extreme[k]) return;
-    exact[k] = {mean, s, o, b};
+    extreme[k] = of.extreme;
+    if (!of.extreme) return;
+    exact[k] = {of.mean, s, exact_o, b};
     any_extreme.store(true, std::memory_order_relaxed);
   }
 };
@@ -243,7 +242,7 @@ void lines(T* const out, const View& view, const Affine<T>& a, const Mask& mask,
 }
 
 // f(first, last) for channels whose parts are merged side by side: they lie side by side.
-constexpr int64_t kMerged = 8;
+constexpr int64_t kMerged = Terms::kSide;
 template <class F>
 void each_merged(int64_t channels, int64_t parts_each, const F& f) {
   parallel((channels + kMerged - 1) / kMerged, 64 * kMerged * parts_each, [&](int64_t begin, int64_t end) {
@@ -295,103 +294,121 @@ struct Upstream {
   double one(int64_t j) const { return y && get(y + j) <= 0 ? 0 : double(get(dy + j)); }
 };
 
-// Sums over each sample and channel, of dy and of dy * c with c = x - hi.
+// Sums over each sample and channel, of dy and of dy * c, with c = (x - hi) * unit.
 struct GradientSums {
   double dy = 0, dyc = 0;
 
   void operator+=(const GradientSums& b) { dy += b.dy, dyc += b.dyc; }
 };
 
-// The sums of the planar channel i.
+// How they are taken, with the hi and unit (its scale) of an Affine.
 template <class T>
-GradientSums line_sums(const Upstream<T> dy, const T* const x, const View& v, int64_t i, double hi, bool extreme,
-                       const Wide<T>* kept) {
+class GradientSum {
+ public:
   using A = Wide<T>;
   using V = Vec<A>;
-  constexpr int L = V::lanes;
-  constexpr std::integral_constant<int, L> full;
-  GradientSums r;
-  const int64_t j = i * v.s;
-  if (extreme) {
-    for (int64_t s = 0; s < v.s; ++s)
-      if (!kept || kept[s] > 0) r += {dy.one(j + s), dy.one(j + s) * (double(get(x + j + s)) - hi)};
+
+  GradientSum(const Upstream<T>& dy, const T* x, const View& v, const Affine<T>& a, const Mask& mask)
+      : dy_(dy), x_(x), v_(v), a_(a), mask_(mask) {}
+
+  // Of every sample and channel; then(begin, end) follows the sums of some lines, while these are in the cache.
+  template <class Then>
+  ByChannel<GradientSums> all(const Then& then) const {
+    if (v_.interleaved)
+      return by_chunk<GradientSums>(v_, [&](int64_t n, int64_t row, int64_t rows, GradientSums* to) {
+        of_rows(n, row, rows, to);
+        then(n * v_.s + row, n * v_.s + row + rows);
+      });
+    ByChannel<GradientSums> r(v_);
+    parallel(v_.channels(), 2 * v_.s, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += 8) {
+        of_lines(i, std::min(i + 8, end), r.parts.data());
+        then(i, std::min(i + 8, end));
+      }
+    });
     return r;
   }
-  const V h = V::all(A(hi));
-  for (int64_t begin = 0; begin < v.s; begin += kRun) {
-    const int64_t end = std::min(begin + kRun, v.s);
-    V one[2] = {V::all(0), V::all(0)}, two[2] = {V::all(0), V::all(0)};
-    for (int64_t s = begin; s < end;)
-      for (int k = 0; k < 2 && s < end; ++k, s += L) {
-        const int m = int(std::min<int64_t>(L, end - s));
-        V d = m == L ? dy(j + s, full) : dy(j + s, m);
-        V c = (m == L ? load(x + j + s) : load(x + j + s, m)) - h;
-        if (kept) {
-          const V keep = load(kept + s, m);
-          d = unless_negative_or_zero(keep, d), c = unless_negative_or_zero(keep, c);
-        }
-        one[k] = one[k] + d;  // lanes from m on are zero
-        two[k] = fma(d, m == L ? c : first(c, m), two[k]);
-      }
-    r += {sum(one[0] + one[1]), sum(two[0] + two[1])};
+  ByChannel<GradientSums> all() const {
+    return all([](int64_t, int64_t) {});
   }
-  return r;
-}
 
-// The sums of interleaved rows, for all channels.
-template <class T>
-void row_sums(const Upstream<T> dy, const T* const x, int64_t first_row, int64_t rows, const bool* valid,
-              const Wide<T>* const hi, int64_t c, GradientSums* to) {
-  using V = Vec<Wide<T>>;
-  constexpr int L = V::lanes;
-  std::vector<double> sums(2 * c);
-  double *const one = sums.data(), *const two = one + c;
-  each_eight(x + first_row * c, rows, c, valid, [=](const T* const* row, auto k) {
-    each_vector<L>(c, [=](int64_t at, auto m) NORMWISE_INLINE {
-      const V h = load_up_to(hi + at, m);
-      V d[decltype(k)::value], product = V::all(0);
-      for (int i = 0; i < k; ++i) {
-        d[i] = dy(row[i] - x + at, m);
-        product = fma(d[i], load_up_to(row[i] + at, m) - h, product);
+  // Of the planar channels from `begin` to `end`.
+  void of_lines(int64_t begin, int64_t end, GradientSums* to) const {
+    const bool together = v_.s <= kShort && !mask_ && !a_.any_extreme;
+    std::vector<A> kept;
+    for (int64_t i = begin; i < end; i += together ? 8 : 1) {
+      if (together) {
+        of_short_lines(i, std::min<int64_t>(8, end - i), to + i);
+        continue;
       }
-      add_to(one + at, tree_of(d), m);
-      add_to(two + at, product, m);
-    });
-  });
-  for (int64_t i = 0; i < c; ++i) to[i] = {one[i], two[i]};
-}
-
-template <class T>
-ByChannel<GradientSums> gradient_sums(const Upstream<T>& dy, const T* x, const View& v, const Affine<T>& a,
-                                      const Mask& mask) {
-  const auto exactly = [&](int64_t i, int64_t first_row, int64_t rows) {  // one interleaved channel of sample i / c
-    GradientSums r;
-    for (int64_t s = first_row; s < first_row + rows; ++s)
-      if (!mask || mask.of(i / v.c)[s]) {
-        const int64_t j = (i / v.c * v.s + s) * v.c + i % v.c;
-        r += {dy.one(j), dy.one(j) * (double(get(x + j)) - double(a.hi[a.index(i)]))};
-      }
-    return r;
-  };
-  if (v.interleaved)
-    return by_chunk<GradientSums>(v, [&](int64_t n, int64_t row, int64_t rows, GradientSums* to) {
-      const bool* valid = mask.of(n);
-      row_sums(dy, x, n * v.s + row, rows, valid ? valid + row : nullptr, &a.hi[(a.shared ? 0 : n * v.c)], v.c, to);
-      if (a.any_extreme)
-        for (int64_t c = 0; c < v.c; ++c)
-          if (a.extreme[a.index(n * v.c + c)]) to[c] = exactly(n * v.c + c, row, rows);
-    });
-  ByChannel<GradientSums> r(v);
-  parallel(v.channels(), 2 * v.s, [&](int64_t begin, int64_t end) {
-    std::vector<Wide<T>> kept;
-    for (int64_t i = begin; i < end; ++i) {
-      const size_t k = a.index(i);
-      if (mask && (i == begin || i % v.c == 0)) kept = mask.as<Wide<T>>(i / v.c);
-      r.parts[i] = line_sums(dy, x, v, i, double(a.hi[k]), a.any_extreme && a.extreme[k], mask ? kept.data() : nullptr);
+      if (mask_ && (i == begin || i % v_.c == 0)) kept = mask_.template as<A>(i / v_.c);
+      to[i] = of_line(i, mask_ ? kept.data() : nullptr);
     }
-  });
-  return r;
-}
+  }
+
+ private:
+  GradientSums of_line(int64_t i, const A* const kept) const {
+    const int64_t k = a_.index(i), j = i * v_.s;
+    if (a_.any_extreme && a_.extreme[k]) return exactly(j, v_.s, 1, k, kept);
+    const V hi = V::all(a_.hi[k]), unit = V::all(a_.scale[k]);
+    const auto factors = [=, dy = dy_, x = x_](int64_t s, auto m) NORMWISE_INLINE {
+      const V d = dy(j + s, m), c = first_up_to(load_up_to(x + j + s, m) - hi, m) * unit;
+      if (!kept) return Factors<A>{d, c};
+      const V keep = load_up_to(kept + s, m);
+      return Factors<A>{unless_negative_or_zero(keep, d), unless_negative_or_zero(keep, c)};
+    };
+    GradientSums r;
+    sum_line<true, A>(v_.s, factors, r.dy, r.dyc);
+    return r;
+  }
+
+  void of_short_lines(int64_t first_line, int64_t lines, GradientSums* to) const {
+    double one[8], two[8];
+    V hi[8], unit[8];
+    for (int64_t k = 0; k < lines; ++k) {
+      const int64_t at = a_.index(first_line + k);
+      hi[k] = V::all(a_.hi[at]), unit[k] = V::all(a_.scale[at]);
+    }
+    const auto factors = [&, dy = dy_, x = x_, size = v_.s](int64_t k, int64_t s, auto m) NORMWISE_INLINE {
+      const int64_t j = (first_line + k) * size + s;
+      return Factors<A>{dy(j, m), first_up_to(load_up_to(x + j, m) - hi[k], m) * unit[k]};
+    };
+    sum_short_lines<A>(v_.s, lines, factors, one, two);
+    for (int64_t k = 0; k < lines; ++k) to[k] = {one[k], two[k]};
+  }
+
+  // Of interleaved rows of sample n, for all channels.
+  void of_rows(int64_t n, int64_t first_row, int64_t rows, GradientSums* to) const {
+    const int64_t c = v_.c, from = (n * v_.s + first_row) * c, k = a_.shared ? 0 : n * c;
+    const bool* const valid = mask_ ? mask_.of(n) + first_row : nullptr;
+    const A *const hi = a_.hi.data() + k, *const unit = a_.scale.data() + k;
+    std::vector<double> sums(2 * c);
+    const auto factors = [=, dy = dy_, x = x_](int64_t row, int64_t at, auto m) NORMWISE_INLINE {
+      const int64_t j = from + row * c + at;
+      return Factors<A>{dy(j, m), (load_up_to(x + j, m) - load_up_to(hi + at, m)) * load_up_to(unit + at, m)};
+    };
+    sum_columns<A>(rows, valid, c, factors, sums.data(), sums.data() + c);
+    for (int64_t i = 0; i < c; ++i) to[i] = {sums[i], sums[c + i]};
+    for (int64_t i = 0; a_.any_extreme && i < c; ++i)
+      if (a_.extreme[k + i]) to[i] = exactly(from + i, rows, c, k + i, valid);
+  }
+
+  // Of `count` values from j, `stride` apart, in double. `kept` says which take part, null for all.
+  template <class Kept>
+  GradientSums exactly(int64_t j, int64_t count, int64_t stride, int64_t k, const Kept* kept) const {
+    const double hi = a_.hi[k], unit = a_.exact[k].scale;
+    GradientSums r;
+    for (int64_t i = 0; i < count; ++i, j += stride)
+      if (!kept || kept[i] > 0) r += {dy_.one(j), dy_.one(j) * ((double(get(x_ + j)) - hi) * unit)};
+    return r;
+  }
+
+  const Upstream<T>& dy_;
+  const T* x_;
+  const View& v_;
+  const Affine<T>& a_;
+  const Mask& mask_;
+};
 
 // dx = dy * scale - c * slope - offset, for the lines from `begin` to `end`.
 template <class T>

@@ -26,14 +26,17 @@ Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, co
     using T = decltype(tag);
     const T* xs = data<T>(in.x);
     const int64_t width = v.c / groups;
+    const double *ws = data<double>(w), *bs = data<double>(b);
     const Forward<T> transform{xs, out<T>(y)};
     Affine<T> a(v, false);
     const auto set = [&](int64_t g, const Part& p) {
-      const double m = p.mean(), var = p.var(), r = 1 / std::sqrt(var + eps);
-      out<double>(mean)[g] = m;
-      out<double>(rstd)[g] = r;
-      for (int64_t i = g * width; i < (g + 1) * width; ++i)
-        a.forward(i, m, var, r, r * at(data<double>(w), i % v.c, 1), at(data<double>(b), i % v.c, 0));
+      const double var = p.var();
+      const Statistics<T> of(p.mean(), 1 / std::sqrt(var + eps), var);
+      out<double>(mean)[g] = of.mean;
+      out<double>(rstd)[g] = of.rstd;
+      const int64_t first = g % groups * width;
+      for (int64_t c = 0; c < width; ++c)
+        a.forward(g * width + c, of, of.rstd * at(ws, first + c, 1), at(bs, first + c, 0));
     };
     if (v.interleaved) {
       auto parts = channel_parts(xs, v, valid, eps);
@@ -90,32 +93,38 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const int64_t width = v.c / groups;
-    const double *ms = data<double>(mean), *rs = data<double>(rstd);
+    const double *ms = data<double>(mean), *rs = data<double>(rstd), *ws = data<double>(w);
     const T* xs = data<T>(in.x);
     const Gradient<T> gradient{{data<T>(dy)}, xs, wanted[0] ? out<T>(dx) : nullptr};
-    Affine<T> a(v, false);
+    Affine<T> centered(v, false), a(v, false);
+    const GradientSum<T> sum(gradient.dy, xs, v, centered, valid);
     Array<GradientSums> sums(v.channels());
-    const auto var = [&](int64_t g) { return std::max(0.0, 1 / (rs[g] * rs[g]) - eps); };
+    const auto statistics = [&](int64_t g) {
+      return Statistics<T>(ms[g], rs[g], std::max(0.0, 1 / (rs[g] * rs[g]) - eps));
+    };
     const auto center = [&](int64_t g) {
-      for (int64_t i = g * width; i < (g + 1) * width; ++i) a.backward(i, ms[g], var(g), rs[g], 0, 0, 0);
+      const auto of = statistics(g);
+      for (int64_t i = g * width; i < (g + 1) * width; ++i) centered.center(i, of);
     };
     // From the sums of the values' differences from hi to those from the mean, times rstd; and what dx needs.
     const auto set = [&](int64_t g) {
+      const auto of = statistics(g);
       const double count = std::max(1.0, double(width) * (valid ? valid.count(g / groups) : double(v.s)));
+      const double lo = of.lo() * of.unit(), scale = of.rstd / of.unit();
+      const double* const weights = ws ? ws + g % groups * width : nullptr;
       double s1 = 0, s2 = 0;
-      for (int64_t i = g * width; i < (g + 1) * width; ++i) {
-        GradientSums& s = sums[i];
-        s.dyc = v.s ? (s.dyc - s.dy * (ms[g] - double(a.hi[i]))) * rs[g] : 0;
-        s1 += at(data<double>(w), i % v.c, 1) * s.dy;
-        s2 += at(data<double>(w), i % v.c, 1) * s.dyc;
+      for (int64_t c = 0; c < width; ++c) {
+        GradientSums& s = sums[g * width + c];
+        s.dyc = v.s ? (s.dyc - s.dy * lo) * scale : 0;
+        s1 += at(weights, c, 1) * s.dy;
+        s2 += at(weights, c, 1) * s.dyc;
       }
-      for (int64_t i = g * width; i < (g + 1) * width; ++i)
-        a.backward(i, ms[g], var(g), rs[g], rs[g] * at(data<double>(w), i % v.c, 1), rs[g] * rs[g] * s2 / count,
-                   rs[g] * s1 / count);
+      s1 *= of.rstd / count, s2 *= of.rstd * of.rstd / count;
+      for (int64_t c = 0; c < width; ++c) a.backward(g * width + c, of, of.rstd * at(weights, c, 1), s2, s1);
     };
     if (v.interleaved) {
       for (int64_t g = 0; g < v.n * groups; ++g) center(g);
-      auto chunks = gradient_sums(gradient.dy, xs, v, a, valid);
+      const auto chunks = sum.all();
       parallel(v.n * groups, 32 * width, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * width; i < end * width; ++i)
           chunks.each(i / v.c, i % v.c, [&](const GradientSums& s) { sums[i] += s; });
@@ -126,20 +135,15 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
     } else {
       parallel(v.n * groups, 3 * width * v.s, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
-          const auto kept = valid.as<Wide<T>>(g / groups);
           center(g);
-          for (int64_t i = g * width; i < (g + 1) * width; ++i)
-            sums[i] = line_sums(gradient.dy, xs, v, i, double(a.hi[i]), a.any_extreme && a.extreme[i],
-                                valid ? kept.data() : nullptr);
+          sum.of_lines(g * width, (g + 1) * width, sums.data());
           set(g);
           if (wanted[0]) gradient(v, a, valid, g * width, (g + 1) * width);
         }
       });
     }
-    for (int64_t i = 0; i < v.channels(); ++i) {
-      dweight[i % v.c] += sums[i].dyc;
-      dbias[i % v.c] += sums[i].dy;
-    }
+    for (int64_t n = 0; n < v.n; ++n)
+      for (int64_t c = 0; c < v.c; ++c) dweight[c] += sums[n * v.c + c].dyc, dbias[c] += sums[n * v.c + c].dy;
   });
   if (wanted[0]) dx = widened(laid_out(dx, x, in.copied), input.scalar_type());
   return {dx, want_dw ? rounded(dweight, weight->scalar_type()) : nothing(x),

@@ -48,23 +48,10 @@ struct Rows {
   }
 };
 
-// Statistics of a row as the loops use them: xhat = (x - hi) * rstd + rest.
-template <class T>
-struct Statistics {
-  using A = Wide<T>;
-  double mean, rstd;
-  A hi, scale, rest;
-  bool extreme;
-
-  Statistics(double m, double r, double deviation = 0)
-      : mean(m), rstd(r), hi(high<T>(m, deviation)), scale(A(r)), rest(A((double(hi) - m) * r)),
-        extreme(is_extreme<T>(m, r)) {}
-};
-
 template <class T>
 Statistics<T> statistics(const Part& p, bool centred, double eps) {
   const double square = centred ? p.var() : p.count ? p.squares / p.count : 0;
-  return {centred ? p.mean() : 0, 1 / std::sqrt(square + eps), std::sqrt(square)};
+  return {centred ? p.mean() : 0, 1 / std::sqrt(square + eps), square};
 }
 
 template <class T>

@@ -1,10 +1,7 @@
 // Mean and variance of a group of values, accurate at any mean and scale, in an order that the group's size alone sets.
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
-#include "simd.h"
+#include "sums.h"
 
 namespace normwise {
 
@@ -46,32 +43,29 @@ inline Wide<T> anchor(double mean) {
 // hi is exact, or rounded at random: a full mean would have every x - hi rounded alike, and their sum would drift. What
 // is left of the mean follows as a term of its own. All of the mean, where the deviation is not known.
 template <class T>
-inline Wide<T> high(double mean, double deviation) {
-  if (sizeof(Wide<T>) == 8 || !(deviation > 1e-200 && deviation < 1e200)) return Wide<T>(mean);
-  uint64_t bits;
-  std::memcpy(&bits, &deviation, 8);
-  bits = ((bits >> 52) + 52 - 18) << 52;
-  double magic;  // adding it leaves no room for digits below 2^-18 of the deviation, rounded to a power of two
-  std::memcpy(&magic, &bits, 8);
-  magic *= 1.5;
+inline Wide<T> high(double mean, double var) {
+  if (sizeof(Wide<T>) == 8 || !(var > 1e-300 && var < 1e300)) return Wide<T>(mean);
+  // Adding this leaves no room for digits below 2^-18 of the deviation, rounded to a power of two.
+  const double magic = 0x1.8p34 * power_of_two(exponent_of(var) >> 1);
   return std::fabs(mean) < magic / 4 ? Wide<T>((mean + magic) - magic) : Wide<T>(mean);
 }
 
-// Statistics that float cannot compute with: then the values are computed in double, one by one.
+// Statistics as the loops use them: xhat = (x - hi) * scale + rest.
 template <class T>
-inline bool is_extreme(double mean, double rstd) {
-  return sizeof(Wide<T>) == 4 && !(rstd > 1e-15 && rstd < 1e15 && std::fabs(mean) < 1e30);
-}
+struct Statistics {
+  using A = Wide<T>;
+  double mean, rstd;
+  A hi, scale, rest;
+  bool extreme;  // A cannot compute with them: the values are computed in double, one by one
 
-constexpr int kStreams = 4;  // independent sums, to hide the latency of addition
-// Values summed before the sum moves to double. Where mean/std is large, squares have few digits, and every other
-// addition of a longer run would be a tie, rounded the same way.
-constexpr int64_t kBlock = 1024;
-
-template <class V>
-inline V tree(const V (&streams)[kStreams]) {
-  return (streams[0] + streams[1]) + (streams[2] + streams[3]);
-}
+  Statistics(double m, double r, double var = 0)
+      : mean(m), rstd(r), hi(high<T>(m, var)), scale(A(r)), rest(A((double(hi) - m) * r)),
+        extreme(sizeof(A) == 4 && !(r > 1e-15 && r < 1e15 && std::fabs(m) < 1e30)) {}
+  // What the mean has beside hi.
+  double lo() const { return mean - double(hi); }
+  // A power of two: (x - hi) * unit is exact, and neither too large nor too small to be multiplied.
+  double unit() const { return power_of_two(exponent_of(rstd)); }
+};
 
 // Values one by one, in double. `kept` says which take part, null for all.
 template <class T>
@@ -93,33 +87,17 @@ inline Part exact_part(const T* x, int64_t n, int64_t stride, bool centred, cons
 // Sums over n contiguous values about an anchor, or about zero.
 template <bool Anchored, bool Centred, class T>
 inline Part part_about(Wide<T> a, const T* const x, int64_t n, const Wide<T>* const kept, double count) {
-  using V = Vec<Wide<T>>;
-  constexpr int L = V::lanes;
+  using A = Wide<T>;
+  using V = Vec<A>;
   const V hi = V::all(a);
   Part p{count, double(a)};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
-    V one[kStreams], two[kStreams];
-    for (int k = 0; k < kStreams; ++k) one[k] = two[k] = V::all(0);
-    const auto add = [&](int k, const V& d) NORMWISE_INLINE {
-      if (Centred) one[k] = one[k] + d;
-      two[k] = fma(d, d, two[k]);
-    };
-    int64_t i = begin;
-    if (!kept)
-      for (; i + kStreams * L <= end; i += kStreams * L)
-        for (int k = 0; k < kStreams; ++k) add(k, Anchored ? load(x + i + k * L) - hi : load(x + i + k * L));
-    while (i < end)
-      for (int k = 0; k < kStreams && i < end; ++k, i += L) {
-        const int m = int(std::min<int64_t>(L, end - i));
-        V d = m == L ? load(x + i) : load(x + i, m);
-        if (Anchored) d = d - hi;
-        if (kept) d = unless_negative_or_zero(m == L ? load(kept + i) : load(kept + i, m), d);
-        add(k, Anchored && m < L ? first(d, m) : d);
-      }
-    if (Centred) p.sum += sum(tree(one));
-    p.squares += sum(tree(two));
-  }
+  const auto factors = [=](int64_t i, auto m) NORMWISE_INLINE {
+    V d = load_up_to(x + i, m);
+    if (Anchored) d = first_up_to(d - hi, m);
+    if (kept) d = unless_negative_or_zero(load_up_to(kept + i, m), d);
+    return Factors<A>{d, d};
+  };
+  sum_line<Centred, A>(n, factors, p.sum, p.squares);
   return p;
 }
 
@@ -136,35 +114,20 @@ inline Part part_of(const T* x, int64_t n, bool centred, double eps, const Wide<
   return sizeof(A) == 8 || p.in_range(eps) ? p : exact_part(x, n, 1, centred, kept);
 }
 
-// Add the lanes to doubles.
-template <class A, class M>
-inline void add_to(double* to, const Vec<A>& v, M m) {
-  A lane[Vec<A>::lanes];
-  store(lane, v);
-  for (int k = 0; k < m; ++k) to[k] += double(lane[k]);
-}
-
-// f(rows, constant) for 8 rows at a time, `stride` apart, without those that `valid` leaves out; for the last ones, one
-// by one.
-template <class T, class F>
-inline void each_eight(const T* x, int64_t rows, int64_t stride, const bool* valid, const F& f) {
-  const T* eight[8];
-  int count = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    if (valid && !valid[r]) continue;
-    eight[count++] = x + r * stride;
-    if (count == 8) f(eight, std::integral_constant<int, 8>{}), count = 0;
+// The same of each of up to eight short lines, which follow each other.
+template <class T>
+inline void short_parts(const T* const x, int64_t n, int64_t lines, double eps, Part* parts) {
+  using A = Wide<T>;
+  double one[8], squares[8];
+  const auto factors = [=](int64_t line, int64_t i, auto m) NORMWISE_INLINE {
+    const Vec<A> v = load_up_to(x + line * n + i, m);
+    return Factors<A>{v, v};
+  };
+  sum_short_lines<A>(n, lines, factors, one, squares);
+  for (int64_t k = 0; k < lines; ++k) {
+    parts[k] = {double(n), 0, one[k], squares[k]};
+    if (!parts[k].is_near() || (sizeof(A) == 4 && !parts[k].in_range(eps))) parts[k] = part_of(x + k * n, n, true, eps);
   }
-  for (int i = 0; i < count; ++i) f(eight + i, std::integral_constant<int, 1>{});
-}
-
-// The sum of one or eight in a fixed tree.
-template <class V, int K>
-inline V tree_of(const V (&v)[K]) {
-  if constexpr (K == 1)
-    return v[0];
-  else
-    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
 // Sums over the rows of a matrix, for each of its m columns, with anchors as in part_of. The rows are `stride` apart.
@@ -172,26 +135,18 @@ template <class T>
 inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bool centred, const bool* valid,
                          double eps, Part* parts) {
   using A = Wide<T>;
-  using V = Vec<A>;
-  constexpr int L = V::lanes;
   std::vector<A> anchors(m);
   std::vector<double> sums(2 * m);
   A* const a = anchors.data();
   double *const s = sums.data(), *const q = s + m;
   const double count = valid ? double(std::count(valid, valid + rows, true)) : double(rows);
   for (bool anchored = false;; anchored = true) {
-    each_eight(x, rows, stride, valid, [=](const T* const* row, auto k) {
-      each_vector<L>(m, [=](int64_t c, auto n) NORMWISE_INLINE {
-        const V hi = anchored ? load_up_to(a + c, n) : V::all(0);
-        V d[decltype(k)::value], square = V::all(0);
-        for (int i = 0; i < k; ++i) {
-          d[i] = load_up_to(row[i] + c, n) - hi;
-          square = fma(d[i], d[i], square);
-        }
-        add_to(s + c, tree_of(d), n);
-        add_to(q + c, square, n);
-      });
-    });
+    const auto factors = [=](int64_t row, int64_t c, auto n) NORMWISE_INLINE {
+      Vec<A> d = load_up_to(x + row * stride + c, n);
+      if (anchored) d = d - load_up_to(a + c, n);
+      return Factors<A>{d, d};
+    };
+    sum_columns<A>(rows, valid, m, factors, s, q);
     bool near = true;
     for (int64_t c = 0; c < m; ++c) {
       parts[c] = {count, double(a[c]), s[c], q[c]};

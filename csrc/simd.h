@@ -94,6 +94,17 @@ inline Vec<A> unless_negative_or_zero(const Vec<A>& test, const Vec<A>& a) {
   return r;
 }
 
+// The larger magnitude of each lane.
+template <class A>
+inline Vec<A> larger_magnitude(const Vec<A>& a, const Vec<A>& b) {
+  Vec<A> r;
+  for (int i = 0; i < Vec<A>::parts; ++i) {
+    const auto x = a.v[i] < 0 ? -a.v[i] : a.v[i], y = b.v[i] < 0 ? -b.v[i] : b.v[i];
+    r.v[i] = x > y ? x : y;
+  }
+  return r;
+}
+
 // The sum over the lanes, in double, by halving.
 template <class A>
 inline double sum(const Vec<A>& a) {
@@ -105,6 +116,32 @@ inline double sum(const Vec<A>& a) {
   for (int n = 4; n; n /= 2)
     for (int i = 0; i < n; ++i) half[i] += half[i + n];
   return half[0];
+}
+
+// The sums of eight vectors, each added as in sum().
+template <class A>
+inline void sums(const Vec<A> (&v)[8], double (&to)[8]) {
+  typedef double Eight __attribute__((vector_size(64)));
+  Eight half[8];
+  for (int i = 0; i < 8; ++i)
+    if constexpr (sizeof(A) == 4) {
+      typedef float Lanes __attribute__((vector_size(32)));
+      Lanes low, high;
+      std::memcpy(&low, v[i].v, 32);
+      std::memcpy(&high, reinterpret_cast<const char*>(v[i].v) + 32, 32);
+      half[i] = __builtin_convertvector(low, Eight) + __builtin_convertvector(high, Eight);
+    } else {
+      std::memcpy(&half[i], v[i].v, 64);
+    }
+  for (int i = 0; i < 4; ++i)
+    half[i] = __builtin_shufflevector(half[2 * i], half[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+              __builtin_shufflevector(half[2 * i], half[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+  for (int i = 0; i < 2; ++i)
+    half[i] = __builtin_shufflevector(half[2 * i], half[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13) +
+              __builtin_shufflevector(half[2 * i], half[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15);
+  half[0] = __builtin_shufflevector(half[0], half[1], 0, 2, 4, 6, 8, 10, 12, 14) +
+            __builtin_shufflevector(half[0], half[1], 1, 3, 5, 7, 9, 11, 13, 15);
+  std::memcpy(to, half, 64);
 }
 
 // Zero in the lanes from n on, whatever stands there.
@@ -167,11 +204,31 @@ inline Vec<A> load_native(const A* p) {
 }
 inline Vec<float> load(const float* p) { return load_native(p); }
 inline Vec<double> load(const double* p) { return load_native(p); }
-inline Vec<float> load(const BFloat16* p) {
-  Vec<float> r;
 #if defined(__AVX512F__)
-  r.v[0] = (detail::F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif defined(__AVX2__)
+// 16 numbers of 16 bits in registers.
+inline Vec<float> widened(const BFloat16*, __m256i bits) {
+  return {{(detail::F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)}};
+}
+inline Vec<float> widened(const Half*, __m256i bits) { return {{(detail::F)_mm512_cvtph_ps(bits)}}; }
+// To nearest even, in integers: the instruction would flush subnormal numbers to zero.
+inline __m256i narrowed(const BFloat16*, const Vec<float>& a) {
+  const __m512i u = (__m512i)a.v[0], top = _mm512_srli_epi32(u, 16);
+  const __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)a.v[0], (__m512)a.v[0], _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), is_nan, top, _mm512_set1_epi32(0x40)));
+}
+inline __m256i narrowed(const Half*, const Vec<float>& a) {
+  return _mm512_cvtps_ph((__m512)a.v[0], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+inline Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return widened(p, _mm256_loadu_si256((const __m256i*)p));
+#else
+  Vec<float> r;
+#if defined(__AVX2__)
   for (int i = 0; i < 2; ++i)
     r.v[i] = (detail::F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + i)), 16);
 #else
@@ -182,12 +239,14 @@ inline Vec<float> load(const BFloat16* p) {
   }
 #endif
   return r;
+#endif
 }
 inline Vec<float> load(const Half* p) {
-  Vec<float> r;
 #if defined(__AVX512F__)
-  r.v[0] = (detail::F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
+  return widened(p, _mm256_loadu_si256((const __m256i*)p));
+#else
+  Vec<float> r;
+#if defined(__F16C__)
   for (int i = 0; i < 2; ++i) r.v[i] = (detail::F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
 #else
   float lane[16];
@@ -195,6 +254,7 @@ inline Vec<float> load(const Half* p) {
   std::memcpy(r.v, lane, 64);
 #endif
   return r;
+#endif
 }
 
 template <class A>
@@ -203,15 +263,9 @@ inline void store_native(A* p, const Vec<A>& a) {
 }
 inline void store(float* p, const Vec<float>& a) { store_native(p, a); }
 inline void store(double* p, const Vec<double>& a) { store_native(p, a); }
-// To nearest even, in integers: the instruction would flush subnormal numbers to zero.
 inline void store(BFloat16* p, const Vec<float>& a) {
 #if defined(__AVX512F__)
-  const __m512i u = (__m512i)a.v[0], top = _mm512_srli_epi32(u, 16);
-  const __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)a.v[0], (__m512)a.v[0], _CMP_UNORD_Q);
-  const __m512i chosen = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16), is_nan, top, _mm512_set1_epi32(0x40));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(chosen));
+  _mm256_storeu_si256((__m256i*)p, narrowed(p, a));
 #else
   for (int i = 0; i < Vec<float>::parts; ++i) {
     detail::U u = (detail::U)a.v[i];
@@ -225,7 +279,7 @@ inline void store(BFloat16* p, const Vec<float>& a) {
 }
 inline void store(Half* p, const Vec<float>& a) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a.v[0], _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)p, narrowed(p, a));
 #elif defined(__F16C__)
   for (int i = 0; i < 2; ++i)
     _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)a.v[i], _MM_FROUND_TO_NEAREST_INT));
@@ -245,10 +299,7 @@ inline Vec<Wide<T>> load(const T* p, int n) {
     r.v[0] = (detail::F)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
     return r;
   } else if constexpr (sizeof(T) == 2) {
-    const __m256i part = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
-    T lane[16];
-    std::memcpy(lane, &part, 32);
-    return load(lane);
+    return widened(p, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
   }
 #endif
   T lane[Vec<Wide<T>>::lanes] = {};
@@ -262,17 +313,25 @@ inline void store(T* p, const Vec<Wide<T>>& a, int n) {
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)a.v[0]);
     return;
   } else if constexpr (sizeof(T) == 2) {
-    T lane[16];
-    store(lane, a);
-    __m256i part;
-    std::memcpy(&part, lane, 32);
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), part);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), narrowed(p, a));
     return;
   }
 #endif
   T lane[Vec<Wide<T>>::lanes];
   store(lane, a);
   std::memcpy(p, lane, n * sizeof(T));
+}
+
+inline int exponent_of(double a) {
+  uint64_t bits;
+  std::memcpy(&bits, &a, 8);
+  return int(bits >> 52 & 0x7ff) - 1023;
+}
+inline double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(1023 + exponent) << 52;
+  double a;
+  std::memcpy(&a, &bits, 8);
+  return a;
 }
 
 // f(first, constant or count) for n values, a vector at a time: L alone is a constant.
@@ -296,6 +355,14 @@ inline void store_up_to(T* p, const Vec<Wide<T>>& v, M m) {
     store(p, v, m);
   else
     store(p, v);
+}
+
+template <class A, class M>
+inline Vec<A> first_up_to(const Vec<A>& v, M m) {
+  if constexpr (std::is_same_v<M, int>)
+    return first(v, m);
+  else
+    return v;
 }
 
 // One value.

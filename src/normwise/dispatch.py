@@ -17,10 +17,8 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .definitions import parse_axes
+from .ops.common import OPS
 from .reference import Rows
-
-OPS = torch.ops.normwise
-"""The operators, each called by its one overload: PyTorch then has none to choose."""
 
 
 def layer_norm(
@@ -193,12 +191,15 @@ def update_running_(
     """
     if running_mean is None or running_var is None or recomputing():
         return
-    update = reference.update_running_ if transformed() else OPS.update_running_.default
-    with torch.no_grad():
-        update(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
-    limit = torch.finfo(running_var.dtype).max
-    visible = type(var) is Tensor and var.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
-    if visible and count > 1 and bool((var > limit * ((count - 1) / count)).any()):
+    if transformed():
+        with torch.no_grad():
+            reference.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
+        return
+    OPS.update_running_.default(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
+    if type(var) is not Tensor or not var.is_cpu or torch.compiler.is_compiling() or not (count > 1 and var.numel()):
+        return
+    limit, largest = torch.finfo(running_var.dtype).max, var.max().item()
+    if largest * (count / (count - 1)) > limit:
         warnings.warn(
             f"batch_norm: running_var must fit its type; this batch's variance exceeds {limit:.3g} and was cut to it; "
             "scale the input down or keep running statistics in a wider type.",

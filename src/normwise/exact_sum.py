@@ -25,7 +25,7 @@ def exact_sum(terms: Tensor) -> Tensor:
     place = exponent.to(torch.int64) - 53 - LOWEST
     mantissa = torch.where(place < 0, mantissa >> (-place).clamp(0, 63), mantissa)  # below the grid
     place = place.clamp(min=0)
-    held = finite & (place <= 32 * (DIGITS - 3))
+    held = finite & (exponent <= LOWEST + 32 * (DIGITS - 1))
     mantissa, place = torch.where(held, mantissa, 0), torch.where(held, place, 0)
     low, shift = mantissa & 0xFFFFFFFF, place & 31
     high = ((mantissa >> 32) << shift) + ((low << shift) >> 32)

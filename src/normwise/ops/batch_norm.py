@@ -12,6 +12,7 @@ from .. import reference
 from .common import (
     AFFINE,
     GRADIENTS,
+    OPS,
     backward_outputs,
     declare,
     fake_channel_gradients,
@@ -190,7 +191,7 @@ class BatchNormTraining(torch.autograd.Function):
         mask: Tensor | None,
         reproducible: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = torch.ops.normwise.batch_norm_forward(x, weight, bias, eps, mask, reproducible)
+        y, mean, var = OPS.batch_norm_forward.default(x, weight, bias, eps, mask, reproducible)
         ctx.save_for_backward(x, weight, mean, var, mask)
         ctx.mark_non_differentiable(mean, var)
         ctx.arguments = None if bias is None else bias.dtype, eps, reproducible
@@ -204,7 +205,7 @@ class BatchNormTraining(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable(dy, x, eps, mask, weight, bias_dtype)
         else:
-            grads = torch.ops.normwise.batch_norm_backward(
+            grads = OPS.batch_norm_backward.default(
                 dy, x, mean, var, eps, True, mask, reproducible, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None
@@ -226,7 +227,7 @@ class BatchNormEval(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, running_mean, running_var, mask)
         ctx.arguments = None if bias is None else bias.dtype, eps
-        return torch.ops.normwise.batch_norm(x, running_mean, running_var, weight, bias, eps, mask)
+        return OPS.batch_norm.default(x, running_mean, running_var, weight, bias, eps, mask)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -236,7 +237,7 @@ class BatchNormEval(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable(dy, x, eps, mask, weight, bias_dtype, (mean, var))
         else:
-            grads = torch.ops.normwise.batch_norm_backward(
+            grads = OPS.batch_norm_backward.default(
                 dy, x, mean, var, eps, False, mask, False, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None, None
@@ -256,7 +257,7 @@ class BatchNormReLUTraining(torch.autograd.Function):
         mask: Tensor | None,
         reproducible: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = torch.ops.normwise.batch_norm_relu_forward(x, weight, bias, eps, mask, residual, reproducible)
+        y, mean, var = OPS.batch_norm_relu_forward.default(x, weight, bias, eps, mask, residual, reproducible)
         ctx.save_for_backward(y, x, weight, mean, var, mask)
         ctx.mark_non_differentiable(mean, var)
         ctx.arguments = None if bias is None else bias.dtype, eps, reproducible
@@ -271,7 +272,7 @@ class BatchNormReLUTraining(torch.autograd.Function):
             dy = dy.masked_fill(y <= 0, 0)
             grads = *_differentiable(dy, x, eps, mask, weight, bias_dtype), dy
         else:
-            grads = torch.ops.normwise.batch_norm_relu_backward(
+            grads = OPS.batch_norm_relu_backward.default(
                 dy, y, x, mean, var, eps, True, mask, reproducible, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None
@@ -292,7 +293,7 @@ class BatchNormReLUEval(torch.autograd.Function):
         eps: float,
         mask: Tensor | None,
     ) -> Tensor:
-        y = torch.ops.normwise.batch_norm_relu(x, running_mean, running_var, weight, bias, eps, mask, residual)
+        y = OPS.batch_norm_relu.default(x, running_mean, running_var, weight, bias, eps, mask, residual)
         ctx.save_for_backward(y, x, weight, running_mean, running_var, mask)
         ctx.arguments = None if bias is None else bias.dtype, eps
         return y
@@ -306,7 +307,7 @@ class BatchNormReLUEval(torch.autograd.Function):
             dy = dy.masked_fill(y <= 0, 0)
             grads = *_differentiable(dy, x, eps, mask, weight, bias_dtype, (mean, var)), dy
         else:
-            grads = torch.ops.normwise.batch_norm_relu_backward(
+            grads = OPS.batch_norm_relu_backward.default(
                 dy, y, x, mean, var, eps, False, mask, False, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None, None

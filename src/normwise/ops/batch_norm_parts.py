@@ -38,11 +38,16 @@ def _batch_norm_moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean[0], m2[0].clamp(min=0) / n, count
 
 
+def _unit(rstd: Tensor) -> Tensor:
+    """The power of two below rstd: by it x - mean is multiplied without rounding, and is of the size of 1."""
+    return torch.ldexp(torch.ones_like(rstd), torch.frexp(rstd).exponent - 1)
+
+
 def _batch_norm_gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, mask: Tensor | None
 ) -> Tensor:
     (g, _), (rows, _) = _positions(dy, mask), _positions(x, mask)
-    return torch.cat([exact_sum(g), exact_sum(g * (rows - mean))], 1)
+    return torch.cat([exact_sum(g), exact_sum(g * ((rows - mean) * _unit((var + eps).rsqrt())))], 1)
 
 
 def _batch_norm_backward_of_sums(
@@ -59,7 +64,7 @@ def _batch_norm_backward_of_sums(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     rstd = (var + eps).rsqrt()
-    dbias, dweight = value(sums[:, :SLOTS])[0], value(sums[:, SLOTS:])[0] * rstd
+    dbias, dweight = value(sums[:, :SLOTS])[0], value(sums[:, SLOTS:])[0] * (rstd / _unit(rstd))
     spread = [1, -1, *[1] * (x.dim() - 2)]
     mean, rstd, through_mean, through_var = (
         t.reshape(spread) for t in (mean, rstd, dbias / count.clamp(min=1), dweight / count.clamp(min=1))

@@ -13,6 +13,9 @@ from ..reference import Gradients, Normalized, Statistics
 AFFINE = "Tensor? weight, Tensor? bias, float eps"
 GRADIENTS = "Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask"
 
+OPS = torch.ops.normwise
+"""The operators, each called by its one overload: PyTorch then has none to choose."""
+
 _library = torch.library.Library("normwise", "DEF")
 
 

@@ -12,6 +12,7 @@ from .. import reference
 from .common import (
     AFFINE,
     GRADIENTS,
+    OPS,
     backward_outputs,
     declare,
     fake_channel_gradients,
@@ -93,7 +94,7 @@ class GroupNorm(torch.autograd.Function):
         mask: Tensor | None,
         out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = torch.ops.normwise.group_norm_forward(x, num_groups, weight, bias, eps, mask, out_dtype)
+        y, mean, rstd = OPS.group_norm_forward.default(x, num_groups, weight, bias, eps, mask, out_dtype)
         ctx.save_for_backward(x, weight, mean, rstd, mask)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.arguments = num_groups, None if bias is None else bias.dtype, eps
@@ -110,7 +111,7 @@ class GroupNorm(torch.autograd.Function):
             stats = reference.statistics(x, rows, eps, valid)
             grads = reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats, mask=mask)[:3]
         else:
-            grads = torch.ops.normwise.group_norm_backward(
+            grads = OPS.group_norm_backward.default(
                 dy, x, mean, rstd, num_groups, eps, mask, weight, bias_dtype, wanted
             )
         return *select(wanted, grads), None, None, None, None

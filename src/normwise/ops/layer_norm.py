@@ -12,6 +12,7 @@ from .. import reference
 from .common import (
     AFFINE,
     GRADIENTS,
+    OPS,
     backward_outputs,
     declare,
     fake_gradients,
@@ -257,7 +258,7 @@ class LayerNorm(torch.autograd.Function):
         eps: float,
         out_dtype: torch.dtype | None,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.normwise.layer_norm_forward(x, normalized_shape, weight, bias, eps, out_dtype)
+        y, mean, rstd = OPS.layer_norm_forward.default(x, normalized_shape, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.arguments = normalized_shape, None if bias is None else bias.dtype, eps
         return y
@@ -272,9 +273,7 @@ class LayerNorm(torch.autograd.Function):
             stats = reference.statistics(x, rows, eps)
             grads = reference.normalize_backward(dy, x, rows, weight, bias_dtype, stats)[:3]
         else:
-            grads = torch.ops.normwise.layer_norm_backward(
-                dy, x, mean, rstd, normalized_shape, weight, bias_dtype, wanted
-            )
+            grads = OPS.layer_norm_backward.default(dy, x, mean, rstd, normalized_shape, weight, bias_dtype, wanted)
         return *select(wanted, grads), None, None, None
 
 
@@ -290,7 +289,7 @@ class RMSNorm(torch.autograd.Function):
         eps: float,
         out_dtype: torch.dtype | None,
     ) -> Tensor:
-        y, rstd = torch.ops.normwise.rms_norm_forward(x, normalized_shape, weight, eps, out_dtype)
+        y, rstd = OPS.rms_norm_forward.default(x, normalized_shape, weight, eps, out_dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.arguments = normalized_shape, eps
         return y
@@ -305,7 +304,7 @@ class RMSNorm(torch.autograd.Function):
             stats = reference.statistics(x, rows, eps)
             grads = reference.normalize_backward(dy, x, rows, weight, None, stats)[:2]
         else:
-            grads = torch.ops.normwise.rms_norm_backward(dy, x, rstd, normalized_shape, weight, wanted)
+            grads = OPS.rms_norm_backward.default(dy, x, rstd, normalized_shape, weight, wanted)
         return *select(wanted, grads), None, None, None
 
 
@@ -323,7 +322,7 @@ class FusedAddLayerNorm(torch.autograd.Function):
         eps: float,
         out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        y, h, mean, rstd = torch.ops.normwise.fused_add_layer_norm_forward(
+        y, h, mean, rstd = OPS.fused_add_layer_norm_forward.default(
             x, residual, normalized_shape, weight, bias, eps, out_dtype
         )
         ctx.save_for_backward(h, weight, mean, rstd)
@@ -345,7 +344,7 @@ class FusedAddLayerNorm(torch.autograd.Function):
             stats = reference.statistics(h, rows, eps)
             grads = reference.normalize_backward(dy, h, rows, weight, bias_dtype, stats, dh=dh)[:3]
         else:
-            grads = torch.ops.normwise.fused_add_layer_norm_backward(
+            grads = OPS.fused_add_layer_norm_backward.default(
                 dy, dh, h, mean, rstd, normalized_shape, weight, bias_dtype, wanted
             )
         dx, dweight, dbias = select(wanted, grads)
@@ -365,9 +364,7 @@ class FusedAddRMSNorm(torch.autograd.Function):
         eps: float,
         out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        y, h, rstd = torch.ops.normwise.fused_add_rms_norm_forward(
-            x, residual, normalized_shape, weight, eps, out_dtype
-        )
+        y, h, rstd = OPS.fused_add_rms_norm_forward.default(x, residual, normalized_shape, weight, eps, out_dtype)
         ctx.save_for_backward(h, weight, rstd)
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
@@ -387,6 +384,6 @@ class FusedAddRMSNorm(torch.autograd.Function):
             stats = reference.statistics(h, rows, eps)
             grads = reference.normalize_backward(dy, h, rows, weight, None, stats, dh=dh)[:2]
         else:
-            grads = torch.ops.normwise.fused_add_rms_norm_backward(dy, dh, h, rstd, normalized_shape, weight, wanted)
+            grads = OPS.fused_add_rms_norm_backward.default(dy, dh, h, rstd, normalized_shape, weight, wanted)
         dx, dweight = select(wanted, grads)
         return dx, dx, dweight, None, None, None

@@ -1,0 +1,110 @@
+// Two sums at once, of u and of u * v, over the values of a line or of each column of a matrix, in an order that their
+// number alone sets. Short runs are added in A, and their sums in double.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace normwise {
+
+template <class A>
+struct Factors {
+  Vec<A> u, v;
+};
+
+constexpr int kStreams = 4;  // independent sums, to hide the latency of addition
+// Values summed before the sum moves to double. Where mean/std is large, squares have few digits, and every other
+// addition of a longer run would be a tie, rounded the same way.
+constexpr int64_t kBlock = 1024;
+
+template <class V>
+inline V tree(const V (&v)[4]) {
+  return (v[0] + v[1]) + (v[2] + v[3]);
+}
+// Over n values, of which factors(i, m) gives m from i on. Both is false if the sum of u is not wanted.
+template <bool Both, class A, class F>
+inline void sum_line(int64_t n, const F& factors, double& one, double& two) {
+  using V = Vec<A>;
+  constexpr int L = V::lanes;
+  constexpr std::integral_constant<int, L> full;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    V u[kStreams], uv[kStreams];
+    for (int k = 0; k < kStreams; ++k) u[k] = uv[k] = V::all(0);
+    const auto add = [&](int k, int64_t i, auto m) NORMWISE_INLINE {
+      const Factors<A> f = factors(i, m);
+      if (Both) u[k] = u[k] + f.u;
+      uv[k] = fma(f.u, f.v, uv[k]);
+    };
+    int64_t i = begin;
+    for (; i + kStreams * L <= end; i += kStreams * L)
+      for (int k = 0; k < kStreams; ++k) add(k, i + k * L, full);
+    for (; i + L <= end; i += L) add(0, i, full);
+    if (i < end) add(0, i, int(end - i));
+    if (Both) one += sum(tree(u));
+    two += sum(tree(uv));
+  }
+}
+
+// Adding the lanes of one sum takes longer than adding up a short line: that is done for eight lines together.
+constexpr int64_t kShort = 256;
+
+// Over each of up to eight short lines, of n values each: factors(line, i, m).
+template <class A, class F>
+inline void sum_short_lines(int64_t n, int64_t lines, const F& factors, double (&one)[8], double (&two)[8]) {
+  Vec<A> u[8], uv[8];
+  for (int64_t k = 0; k < 8; ++k) {
+    Vec<A> a = Vec<A>::all(0), b = a;
+    if (k < lines)
+      each_vector<Vec<A>::lanes>(n, [&](int64_t i, auto m) NORMWISE_INLINE {
+        const Factors<A> f = factors(k, i, m);
+        a = a + f.u;
+        b = fma(f.u, f.v, b);
+      });
+    u[k] = a, uv[k] = b;
+  }
+  sums(u, one), sums(uv, two);
+}
+
+// Add the lanes to doubles.
+template <class A, class M>
+inline void add_to(double* to, const Vec<A>& v, M m) {
+  A lane[Vec<A>::lanes];
+  store(lane, v);
+  for (int k = 0; k < m; ++k) to[k] += double(lane[k]);
+}
+
+// Over the rows of a matrix, for each of its columns: factors(row, column, m). null: all rows are valid.
+template <class A, class F>
+inline void sum_columns(int64_t rows, const bool* valid, int64_t columns, const F& factors, double* one, double* two) {
+  constexpr int L = Vec<A>::lanes;
+  constexpr int64_t kRows = 64;                    // whose sums are taken in A
+  constexpr std::integral_constant<int, 4> strip;  // vectors side by side, whose sums stay in registers
+  constexpr std::integral_constant<int, 1> single;
+  constexpr std::integral_constant<int, L> full;
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    const int64_t end = std::min(begin + kRows, rows);
+    const auto sum = [=](int64_t c, auto width, auto m) NORMWISE_INLINE {
+      constexpr int W = decltype(width)::value;
+      Vec<A> u[W], uv[W];
+      for (int k = 0; k < W; ++k) u[k] = uv[k] = Vec<A>::all(0);
+      for (int64_t r = begin; r < end; ++r) {
+        if (valid && !valid[r]) continue;
+        for (int k = 0; k < W; ++k) {
+          const Factors<A> f = factors(r, c + k * L, m);
+          u[k] = u[k] + f.u;
+          uv[k] = fma(f.u, f.v, uv[k]);
+        }
+      }
+      for (int k = 0; k < W; ++k) add_to(one + c + k * L, u[k], m), add_to(two + c + k * L, uv[k], m);
+    };
+    int64_t c = 0;
+    for (; c + strip * L <= columns; c += strip * L) sum(c, strip, full);
+    for (; c + L <= columns; c += L) sum(c, single, full);
+    if (c < columns) sum(c, single, int(columns - c));
+  }
+}
+
+}  // namespace normwise
