@@ -29,6 +29,12 @@ void add_exactly(const ByChannel<Part>& parts, int64_t first, int64_t last, int6
       to[c * kMoments + 2 * kSlots] += int64_t(p.count);
       sum[c] = p.sum, square[c] = p.squares;
       if (p.anchor == 0) continue;
+      if (p.count == 1) {
+        const Pair product = two_product(p.anchor, p.anchor);
+        sum[c] = p.anchor, square[c] = product.hi, square_lo[c] = product.lo;
+        anchored = anchored || product.lo != 0;
+        continue;
+      }
       anchored = true;
       const Pair all = two_product(p.count, p.anchor) + Pair{p.sum, 0};
       const Pair about_zero =
@@ -82,31 +88,35 @@ void each_channel(const View& v, const F& f) {
   });
 }
 
-// y from statistics of shape (C).
+// y = c * scale + offset for every channel, plus a residual, without what is negative.
 template <class T>
-Tensor transformed(const Channels& in, const Tensor& input, const double* mean, const double* var, double eps,
-                   const MaybeTensor& weight, const MaybeTensor& bias, const Mask& mask, const MaybeTensor& residual,
-                   bool relu) {
+Tensor transformed(const Channels& in, const Tensor& input, const Affine<T>& a, const Mask& mask,
+                   const MaybeTensor& residual, bool relu) {
   const View& v = in.view;
-  const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias), added = in.in_order(residual);
-  Affine<T> a(v, true);
-  each_channel(v, [&](int64_t c) {
-    const auto of = statistics<T>(mean[c], var[c], eps);
-    a.forward(c, of, of.rstd * at(data<double>(w), c, 1), at(data<double>(b), c, 0));
-  });
+  const MaybeTensor added = in.in_order(residual);
   Tensor y = fresh_like(in.x);
   const Forward<T> transform{data<T>(in.x), out<T>(y), data<T>(added), relu};
   parallel(lines_of(v), 3 * length_of(v), [&](int64_t begin, int64_t end) { transform(v, a, mask, begin, end); });
   return laid_out(y, input, in.copied);
 }
 
+// xhat * weight + bias
+template <class T>
+void set_forward(Affine<T>& a, int64_t c, const Statistics<T>& of, const double* weight, const double* bias) {
+  a.forward(c, of, of.rstd * at(weight, c, 1), at(bias, c, 0));
+}
+
 Tensor eval(const Tensor& x, const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& weight,
             const MaybeTensor& bias, double eps, const MaybeTensor& mask, const MaybeTensor& residual, bool relu) {
   const Channels in = channels_of(x, false);
-  const MaybeTensor mean = parameter<double>(running_mean), var = parameter<double>(running_var);
+  const Parameter<double> mean(running_mean), var(running_var), w(weight), b(bias);
   return with_type(x, [&](auto tag) {
-    return transformed<decltype(tag)>(in, x, data<double>(mean), data<double>(var), eps, weight, bias,
-                                      Mask(mask, in.view), residual, relu);
+    using T = decltype(tag);
+    Affine<T> a(in.view, true);
+    each_channel(in.view, [&](int64_t c) {
+      set_forward(a, c, statistics<T>(mean.data()[c], var.data()[c], eps), w.data(), b.data());
+    });
+    return transformed(in, x, a, Mask(mask, in.view), residual, relu);
   });
 }
 
@@ -118,6 +128,8 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
   return with_type(x, [&](auto tag) -> Three {
     using T = decltype(tag);
     const Mask valid(mask, v);
+    const Parameter<double> w(weight), b(bias);
+    Affine<T> a(v, true);
     const auto parts = channel_parts(data<T>(in.x), v, valid, eps);
     each_merged(v.c, v.n * parts.chunks, [&](int64_t first, int64_t last) {
       int64_t sums[kMerged * kMoments] = {};
@@ -136,10 +148,10 @@ Three forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bia
           moments_of(sums + c * kMoments, m, s);
         else
           m = all[c].mean(), s = all[c].var();
+        set_forward(a, first + c, statistics<T>(m, s, eps), w.data(), b.data());
       }
     });
-    return {transformed<T>(in, x, data<double>(mean), data<double>(var), eps, weight, bias, valid, residual, relu),
-            mean, var};
+    return {transformed(in, x, a, valid, residual, relu), mean, var};
   });
 }
 
@@ -176,13 +188,13 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
   const MaybeTensor opened = in.in_order(y);
   const View& v = in.view;
   const Mask valid(mask, v);
-  const MaybeTensor m = parameter<double>(mean_), s = parameter<double>(var_), w = parameter<double>(weight);
+  const Parameter<double> m(mean_), s(var_), w(weight);
   const bool want_dw = wanted[1] && weight, want_db = wanted[2] && bias_dtype, want_dr = wanted.size() > 3 && wanted[3];
   std::vector<double> dweight(v.c), dbias(v.c);
   Tensor dx = wanted[0] || want_dr ? fresh_like(in.x) : nothing(x), dr = want_dr ? fresh_like(in.x) : nothing(x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    const double *means = data<double>(m), *vars = data<double>(s), *ws = data<double>(w);
+    const double *means = m.data(), *vars = s.data(), *ws = w.data();
     const Gradient<T> gradient{
         {data<T>(dy), data<T>(opened)}, data<T>(in.x), out<T>(dx), want_dr ? out<T>(dr) : nullptr, !training};
     Affine<T> a(v, true);
@@ -265,10 +277,10 @@ Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, 
   const View& v = in.view;
   Tensor result = empty({v.c, 2 * kSlots}, ScalarType::Long);
   std::fill_n(out<int64_t>(result), v.c * 2 * kSlots, 0);
-  const MaybeTensor m = parameter<double>(mean), s = parameter<double>(var);
+  const Parameter<double> m(mean), s(var);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
-    const double *means = data<double>(m), *vars = data<double>(s);
+    const double *means = m.data(), *vars = s.data();
     std::vector<double> lo;
     const auto sums = gradient_sums(Upstream<T>{data<T>(dy)}, data<T>(in.x), v, Mask(mask, v), means, vars, eps, lo,
                                     [](int64_t, int64_t) {});
@@ -335,8 +347,8 @@ void update_running_(Tensor running_mean, Tensor running_var, MaybeTensor num_ba
     const int64_t steps = ++*out<int64_t>(*num_batches_tracked);
     if (!momentum) factor = 1.0 / double(steps);
   }
-  const MaybeTensor valid = mask ? MaybeTensor(packed(*mask)) : mask, m = parameter<double>(mean),
-                    v = parameter<double>(var);
+  const MaybeTensor valid = mask ? MaybeTensor(packed(*mask)) : mask;
+  const Parameter<double> m(mean), v(var);
   std::vector<double> n(rows, double(count));
   if (valid && rows) {
     const int64_t each = valid->numel() / rows;
@@ -366,8 +378,8 @@ void update_running_(Tensor running_mean, Tensor running_var, MaybeTensor num_ba
       }
     });
   };
-  move(running_mean, data<double>(m), false);
-  move(running_var, data<double>(v), true);
+  move(running_mean, m.data(), false);
+  move(running_var, v.data(), true);
 }
 
 }  // namespace

@@ -215,7 +215,7 @@ void lines(T* const out, const View& view, const Affine<T>& a, const Mask& mask,
         std::fill_n(out + j, v.c, T{});
         continue;
       }
-      each_vector<L>(v.c, [=](int64_t c, auto m) NORMWISE_INLINE {
+      each_overlapping_vector<L>(v.c, [=](int64_t c, auto m) NORMWISE_INLINE {
         const Parameters p{load_up_to(hi + k + c, m), load_up_to(scale + k + c, m), load_up_to(offset + k + c, m),
                            load_up_to(slope + k + c, m)};
         store_up_to(out + j + c, vector(p, j + c, m), m);
@@ -233,7 +233,7 @@ void lines(T* const out, const View& view, const Affine<T>& a, const Mask& mask,
       }
       const Parameters p{V::all(hi[k]), V::all(scale[k]), V::all(offset[k]), V::all(slope[k])};
       const A* const keep = masked ? kept.data() : nullptr;
-      each_vector<L>(v.s, [=](int64_t s, auto m) NORMWISE_INLINE {
+      each_overlapping_vector<L>(v.s, [=](int64_t s, auto m) NORMWISE_INLINE {
         V r = vector(p, j + s, m);
         if (keep) r = unless_negative_or_zero(load_up_to(keep + s, m), r);
         store_up_to(out + j + s, r, m);
@@ -439,9 +439,9 @@ struct Gradient {
  private:
   void pass_residual(const View& v, int64_t begin, int64_t end) const {
     const int64_t from = begin * length_of(v);
-    each_vector<Vec<Wide<T>>::lanes>((end - begin) * length_of(v),
-                                     [up = dy, to = dresidual, from](int64_t j, auto m)
-                                         NORMWISE_INLINE { store_up_to(to + from + j, up(from + j, m), m); });
+    each_overlapping_vector<Vec<Wide<T>>::lanes>(
+        (end - begin) * length_of(v), [up = dy, to = dresidual, from](int64_t j, auto m)
+                                          NORMWISE_INLINE { store_up_to(to + from + j, up(from + j, m), m); });
   }
 };
 

@@ -21,12 +21,12 @@ Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, co
   const Mask valid(mask, v);
   Tensor y = fresh_like(in.x), mean = empty({x.size(0), groups}, ScalarType::Double),
          rstd = empty({x.size(0), groups}, ScalarType::Double);
-  const MaybeTensor w = parameter<double>(weight), b = parameter<double>(bias);
+  const Parameter<double> w(weight), b(bias);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const T* xs = data<T>(in.x);
     const int64_t width = v.c / groups;
-    const double *ws = data<double>(w), *bs = data<double>(b);
+    const double *ws = w.data(), *bs = b.data();
     const Forward<T> transform{xs, out<T>(y)};
     Affine<T> a(v, false);
     const auto set = [&](int64_t g, const Part& p) {
@@ -86,14 +86,14 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
   const Tensor dy = in.in_order(grad);
   const View& v = in.view;
   const Mask valid(mask, v);
-  const MaybeTensor w = parameter<double>(weight);
+  const Parameter<double> w(weight);
   const bool want_dw = wanted[1] && weight, want_db = wanted[2] && bias_dtype;
   std::vector<double> dweight(v.c), dbias(v.c);
   Tensor dx = wanted[0] ? fresh_like(in.x) : nothing(x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const int64_t width = v.c / groups;
-    const double *ms = data<double>(mean), *rs = data<double>(rstd), *ws = data<double>(w);
+    const double *ms = data<double>(mean), *rs = data<double>(rstd), *ws = w.data();
     const T* xs = data<T>(in.x);
     const Gradient<T> gradient{{data<T>(dy)}, xs, wanted[0] ? out<T>(dx) : nullptr};
     Affine<T> centered(v, false), a(v, false);

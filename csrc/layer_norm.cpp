@@ -76,7 +76,7 @@ struct Forward {
     }
     const V hi = V::all(s.hi), scale = V::all(s.scale), rest = V::all(s.rest);
     const A *const ws = weight, *const bs = bias;  // locals, which no store can change
-    each_vector<L>(cols, [=](int64_t c, auto m) NORMWISE_INLINE {
+    each_overlapping_vector<L>(cols, [=](int64_t c, auto m) NORMWISE_INLINE {
       V v = fma(load_up_to(x + c, m) - hi, scale, rest);
       if (ws) v = v * load_up_to(ws + c, m);
       if (bs) v = v + load_up_to(bs + c, m);
@@ -97,7 +97,7 @@ struct Forward {
     }
     for (int64_t c = 0; c < cols; ++c) {
       const V w = V::all(weight ? weight[c] : A(1)), b = V::all(bias ? bias[c] : A(0));
-      each_vector<L>(rows, [&](int64_t r, auto m) NORMWISE_INLINE {
+      each_overlapping_vector<L>(rows, [&](int64_t r, auto m) NORMWISE_INLINE {
         V v = fma(load_up_to(x + c * stride + r, m) - load_up_to(hi + r, m), load_up_to(scale + r, m),
                   load_up_to(rest + r, m));
         if (weight) v = v * w;
@@ -113,7 +113,7 @@ struct Forward {
 
 template <class T>
 void add_rows(const T* x, const T* residual, T* h, int64_t n) {
-  each_vector<Vec<Wide<T>>::lanes>(n, [&](int64_t j, auto m) NORMWISE_INLINE {
+  each_overlapping_vector<Vec<Wide<T>>::lanes>(n, [&](int64_t j, auto m) NORMWISE_INLINE {
     store_up_to(h + j, load_up_to(x + j, m) + load_up_to(residual + j, m), m);
   });
 }
@@ -154,8 +154,8 @@ Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, cons
   if (save) r.rstd = empty(in.kept, ScalarType::Double);
   with_type(in.x, [&](auto tag) {
     using T = decltype(tag);
-    const MaybeTensor w = parameter<Wide<T>>(weight), b = parameter<Wide<T>>(bias);
-    const Forward<T> norm{data<Wide<T>>(w), data<Wide<T>>(b), centred, eps};
+    const Parameter<Wide<T>> w(weight), b(bias);
+    const Forward<T> norm{w.data(), b.data(), centred, eps};
     const T *xs = data<T>(in.x), *adds = data<T>(added);
     T *ys = out<T>(r.y), *hs = residual ? out<T>(r.h) : nullptr;
     double *means = save && centred ? out<double>(r.mean) : nullptr, *rstds = save ? out<double>(r.rstd) : nullptr;
@@ -230,7 +230,7 @@ struct Backward {
     if (!dx) return;
     const V a = V::all(A(s1 / double(cols))), b = V::all(A(s2 / double(cols)));
     T* const to = dx + i * cols;
-    each_vector<L>(cols, [=](int64_t c, auto m) NORMWISE_INLINE {
+    each_overlapping_vector<L>(cols, [=](int64_t c, auto m) NORMWISE_INLINE {
       const V xhat = fma(load_up_to(xs + c, m) - hi, scale, rest);
       V v = ((load_up_to(dys + c, m) * (ws ? load_up_to(ws + c, m) : V::all(1)) - a) - xhat * b) * scale;
       if (dhs) v = v + load_up_to(dhs + c, m);
@@ -275,7 +275,7 @@ struct Backward {
       for (int64_t r = 0; r < count; ++r) a[r] = A(s1[r] / double(cols)), b[r] = A(s2[r] / double(cols));
       for (int64_t c = 0; c < cols; ++c) {
         const V w = V::all(weight ? weight[c] : A(1));
-        each_vector<L>(count, [&](int64_t r, auto m) NORMWISE_INLINE {
+        each_overlapping_vector<L>(count, [&](int64_t r, auto m) NORMWISE_INLINE {
           const int64_t j = first + c * stride + r;
           const V g = load_up_to(dy + j, m) * w - load_up_to(a + r, m);
           V v = (g - xhat(j, r, m) * load_up_to(b + r, m)) * load_up_to(scale + r, m);
@@ -346,8 +346,8 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
   with_type(in.x, [&](auto tag) {
     using T = decltype(tag);
     using A = Wide<T>;
-    const MaybeTensor w = parameter<A>(weight);
-    const Backward<T> run{data<A>(w),  bool(mean),    cols,           in.inner,
+    const Parameter<A> w(weight);
+    const Backward<T> run{w.data(),    bool(mean),    cols,           in.inner,
                           data<T>(dy), data<T>(in.x), data<T>(added), want_dx ? out<T>(r.dx) : nullptr};
     const double *means = data<double>(mean), *rstds = data<double>(rstd);
     parallel(chunks, 3 * per_chunk * (packed_rows ? kRowBlock : kTile) * cols, [&](int64_t begin, int64_t end) {

@@ -135,6 +135,10 @@ template <class T>
 inline void column_parts(const T* x, int64_t rows, int64_t stride, int64_t m, bool centred, const bool* valid,
                          double eps, Part* parts) {
   using A = Wide<T>;
+  if (rows == 1 && centred) {
+    for (int64_t c = 0; c < m; ++c) parts[c] = valid && !*valid ? Part{} : Part{1, double(get(x + c))};
+    return;
+  }
   std::vector<A> anchors(m);
   std::vector<double> sums(2 * m);
   A* const a = anchors.data();

@@ -342,6 +342,16 @@ inline void each_vector(int64_t n, const F& f) {
   if (j < n) f(j, int(n - j));
 }
 
+// The same where f may see a value twice: the last vector then overlaps the one before it, which is faster than a part.
+template <int L, class F>
+inline void each_overlapping_vector(int64_t n, const F& f) {
+  if (n < L) return n ? f(0, int(n)) : void();
+  constexpr std::integral_constant<int, L> full;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) f(j, full);
+  if (j < n) f(n - L, full);
+}
+
 template <class T, class M>
 inline Vec<Wide<T>> load_up_to(const T* p, M m) {
   if constexpr (std::is_same_v<M, int>)

@@ -76,27 +76,38 @@ inline void add_to(double* to, const Vec<A>& v, M m) {
   for (int k = 0; k < m; ++k) to[k] += double(lane[k]);
 }
 
-// Over the rows of a matrix, for each of its columns: factors(row, column, m). null: all rows are valid.
+// Over the rows of a matrix, for each of its columns: factors(row, column, m). null: all rows are valid. Eight rows are
+// added up first, then their sums, so that fewer roundings follow each other.
 template <class A, class F>
 inline void sum_columns(int64_t rows, const bool* valid, int64_t columns, const F& factors, double* one, double* two) {
   constexpr int L = Vec<A>::lanes;
-  constexpr int64_t kRows = 64;                    // whose sums are taken in A
+  const int64_t run = rows <= 128 ? 16 : 64;       // rows whose sums are taken in A; where they are few, errors show
   constexpr std::integral_constant<int, 4> strip;  // vectors side by side, whose sums stay in registers
   constexpr std::integral_constant<int, 1> single;
   constexpr std::integral_constant<int, L> full;
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    const int64_t end = std::min(begin + kRows, rows);
+  for (int64_t begin = 0; begin < rows; begin += run) {
+    const int64_t end = std::min(begin + run, rows);
     const auto sum = [=](int64_t c, auto width, auto m) NORMWISE_INLINE {
       constexpr int W = decltype(width)::value;
       Vec<A> u[W], uv[W];
       for (int k = 0; k < W; ++k) u[k] = uv[k] = Vec<A>::all(0);
-      for (int64_t r = begin; r < end; ++r) {
-        if (valid && !valid[r]) continue;
-        for (int k = 0; k < W; ++k) {
-          const Factors<A> f = factors(r, c + k * L, m);
-          u[k] = u[k] + f.u;
-          uv[k] = fma(f.u, f.v, uv[k]);
-        }
+      for (int64_t r = begin; r < end; r += 8) {
+        Vec<A> near[2 * W], product[2 * W];
+        for (int k = 0; k < 2 * W; ++k) near[k] = product[k] = Vec<A>::all(0);
+        const auto add = [&](int64_t i, int from) NORMWISE_INLINE {
+          if (valid && !valid[i]) return;
+          for (int k = 0; k < W; ++k) {
+            const Factors<A> f = factors(i, c + k * L, m);
+            near[from + k] = near[from + k] + f.u;
+            product[from + k] = fma(f.u, f.v, product[from + k]);
+          }
+        };
+        const int64_t last = std::min(r + 8, end);
+        int64_t i = r;
+        for (; i + 2 <= last; i += 2) add(i, 0), add(i + 1, W);
+        if (i < last) add(i, 0);
+        for (int k = 0; k < W; ++k)
+          u[k] = u[k] + (near[k] + near[W + k]), uv[k] = uv[k] + (product[k] + product[W + k]);
       }
       for (int k = 0; k < W; ++k) add_to(one + c + k * L, u[k], m), add_to(two + c + k * L, uv[k], m);
     };

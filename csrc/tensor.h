@@ -145,13 +145,26 @@ inline Tensor in_order_of(const Tensor& x, const Tensor& t) {
   return r;
 }
 
-// A parameter in the type that the kernel computes with.
+// A parameter, packed and in the type that the kernel computes with: as it is, or copied.
 template <class A>
-inline MaybeTensor parameter(const MaybeTensor& p) {
-  if (!p) return p;
-  if (p->scalar_type() == kType<A>) return packed(*p);
-  return packed(torch::stable::to(*p, kType<A>));
-}
+class Parameter {
+ public:
+  explicit Parameter(const MaybeTensor& given) {
+    if (!given) return;
+    kept_ = packed(*given);
+    if (given->scalar_type() == kType<A>) return;
+    copy_.resize(given->numel());
+    with_type(*given, [&](auto tag) {
+      for (size_t i = 0; i < copy_.size(); ++i) copy_[i] = A(get(normwise::data<decltype(tag)>(kept_) + i));
+    });
+  }
+  // null if there is none.
+  const A* data() const { return copy_.empty() ? normwise::data<A>(kept_) : copy_.data(); }
+
+ private:
+  MaybeTensor kept_;
+  std::vector<A> copy_;
+};
 
 // The result, laid out in memory like the input that was copied to compute it.
 inline Tensor laid_out(const Tensor& result, const Tensor& input, bool copied) {
