@@ -22,8 +22,9 @@ struct Part {
     squares += b.squares + 2 * delta * b.sum + b.count * delta * delta;
     count += b.count;
   }
-  // The variance of values that lie far from their anchor loses digits: then the anchor must move to the mean.
-  bool is_near() const { return sum * sum <= 4 * (squares * count - sum * sum); }
+  // The variance of values that lie far from their anchor loses digits: then the anchor must move to the mean. Few
+  // values must lie nearer: their roundings do not average out.
+  bool is_near() const { return sum * sum <= 4 * std::min(1.0, count / 64) * (squares * count - sum * sum); }
   // Squares that a float can hold, neither too large nor, beside eps, lost for being small.
   bool in_range(double eps) const { return squares < 1e30 * count && !(squares < 1e-30 * count && eps < 1e-18); }
 };

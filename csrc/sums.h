@@ -15,9 +15,9 @@ struct Factors {
 };
 
 constexpr int kStreams = 4;  // independent sums, to hide the latency of addition
-// Values summed before the sum moves to double. Where mean/std is large, squares have few digits, and every other
-// addition of a longer run would be a tie, rounded the same way.
-constexpr int64_t kBlock = 1024;
+// Values summed before the sum moves to double: first runs of kRun, then these sums. Values that repeat, such as whole
+// numbers times one factor, are rounded the same way each time that they are added to a sum of the same size.
+constexpr int64_t kRun = 256, kBlock = 4 * kRun;
 
 template <class V>
 inline V tree(const V (&v)[4]) {
@@ -32,17 +32,25 @@ inline void sum_line(int64_t n, const F& factors, double& one, double& two) {
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     V u[kStreams], uv[kStreams];
-    for (int k = 0; k < kStreams; ++k) u[k] = uv[k] = V::all(0);
-    const auto add = [&](int k, int64_t i, auto m) NORMWISE_INLINE {
-      const Factors<A> f = factors(i, m);
-      if (Both) u[k] = u[k] + f.u;
-      uv[k] = fma(f.u, f.v, uv[k]);
-    };
-    int64_t i = begin;
-    for (; i + kStreams * L <= end; i += kStreams * L)
-      for (int k = 0; k < kStreams; ++k) add(k, i + k * L, full);
-    for (; i + L <= end; i += L) add(0, i, full);
-    if (i < end) add(0, i, int(end - i));
+    for (int64_t i = begin; i < end;) {
+      V near[kStreams], product[kStreams];
+      for (int k = 0; k < kStreams; ++k) near[k] = product[k] = V::all(0);
+      const auto add = [&](int k, int64_t at, auto m) NORMWISE_INLINE {
+        const Factors<A> f = factors(at, m);
+        if (Both) near[k] = near[k] + f.u;
+        product[k] = fma(f.u, f.v, product[k]);
+      };
+      const bool is_first = i == begin;
+      const int64_t last = std::min(i + kRun, end);
+      for (; i + kStreams * L <= last; i += kStreams * L)
+        for (int k = 0; k < kStreams; ++k) add(k, i + k * L, full);
+      for (; i + L <= last; i += L) add(0, i, full);
+      if (i < last) add(0, i, int(last - i)), i = last;
+      for (int k = 0; k < kStreams; ++k) {
+        if (Both) u[k] = is_first ? near[k] : u[k] + near[k];
+        uv[k] = is_first ? product[k] : uv[k] + product[k];
+      }
+    }
     if (Both) one += sum(tree(u));
     two += sum(tree(uv));
   }
@@ -51,19 +59,23 @@ inline void sum_line(int64_t n, const F& factors, double& one, double& two) {
 // Adding the lanes of one sum takes longer than adding up a short line: that is done for eight lines together.
 constexpr int64_t kShort = 256;
 
-// Over each of up to eight short lines, of n values each: factors(line, i, m).
+// Over each of up to eight short lines, of n values each, in runs of four vectors: factors(line, i, m).
 template <class A, class F>
 inline void sum_short_lines(int64_t n, int64_t lines, const F& factors, double (&one)[8], double (&two)[8]) {
-  Vec<A> u[8], uv[8];
+  using V = Vec<A>;
+  constexpr int64_t run = 4 * V::lanes;
+  V u[8], uv[8];
   for (int64_t k = 0; k < 8; ++k) {
-    Vec<A> a = Vec<A>::all(0), b = a;
-    if (k < lines)
-      each_vector<Vec<A>::lanes>(n, [&](int64_t i, auto m) NORMWISE_INLINE {
-        const Factors<A> f = factors(k, i, m);
-        a = a + f.u;
-        b = fma(f.u, f.v, b);
+    u[k] = uv[k] = V::all(0);
+    for (int64_t begin = 0; k < lines && begin < n; begin += run) {
+      V near = V::all(0), product = near;
+      each_vector<V::lanes>(std::min(run, n - begin), [&](int64_t i, auto m) NORMWISE_INLINE {
+        const Factors<A> f = factors(k, begin + i, m);
+        near = near + f.u;
+        product = fma(f.u, f.v, product);
       });
-    u[k] = a, uv[k] = b;
+      u[k] = u[k] + near, uv[k] = uv[k] + product;
+    }
   }
   sums(u, one), sums(uv, two);
 }
