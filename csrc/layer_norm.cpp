@@ -190,8 +190,7 @@ Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, cons
   return r;
 }
 
-constexpr int64_t kRowBlock = 16;   // rows whose sums of dweight and dbias are taken in A before they move to double
-constexpr int64_t kColumns = 1024;  // values of a row summed in A before the sum moves to double
+constexpr int64_t kRowBlock = 16;  // rows whose sums of dweight and dbias are taken in A before they move to double
 
 // dx of rows, and their part of dweight and dbias.
 template <class T>
@@ -212,21 +211,17 @@ struct Backward {
     const V hi = V::all(s.hi), scale = V::all(s.scale), rest = V::all(s.rest);
     const T *const dys = dy + i * cols, *const xs = x + i * cols, *const dhs = dh ? dh + i * cols : nullptr;
     const A* const ws = weight;  // locals, which no store can change
-    const bool mean_too = centred;
     double s1 = 0, s2 = 0;
-    for (int64_t begin = 0; begin < cols; begin += kColumns) {
-      V one = V::all(0), two = V::all(0);
-      each_vector<L>(std::min(kColumns, cols - begin), [=, &one, &two](int64_t at, auto m) NORMWISE_INLINE {
-        const int64_t c = begin + at;
-        const V d = load_up_to(dys + c, m), w = ws ? load_up_to(ws + c, m) : V::all(1);  // zero beyond m
-        const V product = d * fma(load_up_to(xs + c, m) - hi, scale, rest);
-        if (mean_too) one = fma(d, w, one);
-        two = fma(product, w, two);
-        if (dweight) store_up_to(dweight + c, load_up_to(dweight + c, m) + product, m);
-        if (dbias) store_up_to(dbias + c, load_up_to(dbias + c, m) + d, m);
-      });
-      s1 += sum(one), s2 += sum(two);
-    }
+    const auto factors = [=](int64_t c, auto m) NORMWISE_INLINE {
+      const V d = load_up_to(dys + c, m), xhat = fma(load_up_to(xs + c, m) - hi, scale, rest);  // d is zero beyond m
+      if (dweight) store_up_to(dweight + c, fma(d, xhat, load_up_to(dweight + c, m)), m);
+      if (dbias) store_up_to(dbias + c, load_up_to(dbias + c, m) + d, m);
+      return Factors<A>{ws ? d * load_up_to(ws + c, m) : d, xhat};
+    };
+    if (centred)
+      sum_line<true, A>(cols, factors, s1, s2);
+    else
+      sum_line<false, A>(cols, factors, s1, s2);
     if (!dx) return;
     const V a = V::all(A(s1 / double(cols))), b = V::all(A(s2 / double(cols)));
     T* const to = dx + i * cols;
