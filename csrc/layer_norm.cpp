@@ -335,7 +335,8 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
   const bool packed_rows = in.inner == 1;
   const int64_t blocks = packed_rows ? (rows + kRowBlock - 1) / kRowBlock : rows / in.inner * tiles;
   const int64_t limit = std::clamp<int64_t>((1 << 20) / std::max<int64_t>(cols, 1), 1, 64);
-  const int64_t per_chunk = sums ? std::max<int64_t>(1, (blocks + limit - 1) / limit) : 1;
+  const int64_t fewest = std::max<int64_t>(1, kGrain / (kRowBlock * std::max<int64_t>(cols, 1)));
+  const int64_t per_chunk = sums ? std::max(fewest, (blocks + limit - 1) / limit) : 1;
   const int64_t chunks = (blocks + per_chunk - 1) / per_chunk;
   Array<double> total((sums ? 2 * std::max<int64_t>(chunks, 1) * cols : 0), 0.0);
   with_type(in.x, [&](auto tag) {
