@@ -155,7 +155,15 @@ class Parameter {
     if (given->scalar_type() == kType<A>) return;
     copy_.resize(given->numel());
     with_type(*given, [&](auto tag) {
-      for (size_t i = 0; i < copy_.size(); ++i) copy_[i] = A(get(normwise::data<decltype(tag)>(kept_) + i));
+      using P = decltype(tag);
+      constexpr int L = Vec<Wide<P>>::lanes;
+      const P* const from = normwise::data<P>(kept_);
+      A* const to = copy_.data();
+      each_vector<L>(int64_t(copy_.size()), [=](int64_t i, auto m) NORMWISE_INLINE {
+        Wide<P> lane[L];
+        store(lane, load_up_to(from + i, m));
+        for (int k = 0; k < m; ++k) to[i + k] = A(lane[k]);
+      });
     });
   }
   // null if there is none.
