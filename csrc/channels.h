@@ -334,13 +334,12 @@ class GradientSum {
 
   // Of the planar channels from `begin` to `end`.
   void of_lines(int64_t begin, int64_t end, GradientSums* to) const {
-    const bool together = v_.s <= kShort && !mask_ && !a_.any_extreme;
+    if (v_.s <= kShort && !mask_) {
+      for (int64_t i = begin; i < end; i += 8) of_short_lines(i, std::min<int64_t>(8, end - i), to + i);
+      return;
+    }
     std::vector<A> kept;
-    for (int64_t i = begin; i < end; i += together ? 8 : 1) {
-      if (together) {
-        of_short_lines(i, std::min<int64_t>(8, end - i), to + i);
-        continue;
-      }
+    for (int64_t i = begin; i < end; ++i) {
       if (mask_ && (i == begin || i % v_.c == 0)) kept = mask_.template as<A>(i / v_.c);
       to[i] = of_line(i, mask_ ? kept.data() : nullptr);
     }
@@ -374,7 +373,11 @@ class GradientSum {
       return Factors<A>{dy(j, m), first_up_to(load_up_to(x + j, m) - hi[k], m) * unit[k]};
     };
     sum_short_lines<A>(v_.s, lines, factors, one, two);
-    for (int64_t k = 0; k < lines; ++k) to[k] = {one[k], two[k]};
+    for (int64_t k = 0; k < lines; ++k) {
+      const int64_t at = a_.index(first_line + k);
+      const bool extreme = a_.any_extreme && a_.extreme[at];
+      to[k] = extreme ? exactly<A>((first_line + k) * v_.s, v_.s, 1, at, nullptr) : GradientSums{one[k], two[k]};
+    }
   }
 
   // Of interleaved rows of sample n, for all channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -69,6 +70,24 @@ def test_an_example_has_the_same_bits_alone_and_in_any_batch(norm, shape, layout
     moved = results(norm, x[order], dy[order], threads=3)
     assert torch.equal(moved.y, whole.y[order])
     assert torch.equal(moved.dx, whole.dx[order])
+
+
+@pytest.mark.parametrize("scale", [1e31, 1e-33, math.nan])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(40, 4, 7, 7), (40, 4, 14, 14), (40, 4, 17, 17)], ids=str)
+@pytest.mark.parametrize("norm", cases.NORMS, ids=str)
+def test_values_of_another_scale_elsewhere_change_no_bits(norm, shape, layout, scale):
+    x, dy = cases.draw(shape)
+    if layout == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    ours = (slice(None), slice(2)) if norm.name == "batch_norm" else (slice(20),)
+    mixed = torch.full_like(x, scale).mul_(x)
+    mixed[ours] = x[ours]
+    plain, beside = results(norm, x, dy), results(norm, mixed, dy)
+    assert torch.equal(beside.y[ours], plain.y[ours])
+    assert torch.equal(beside.dx[ours], plain.dx[ours])
+    if norm.name == "batch_norm":
+        assert torch.equal(beside.dweight[:2], plain.dweight[:2])
 
 
 @pytest.mark.parametrize("offset", [1, 3, 5])
