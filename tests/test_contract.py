@@ -163,6 +163,16 @@ def test_running_variance_saturates(dtype: torch.dtype, scale: float, running_dt
             assert var[1] < 10  # the other channel is its own
 
 
+def test_running_variance_saturates_beside_a_bad_channel():
+    x = torch.randn(8, 3)
+    x[:, 0] = math.nan
+    x[:, 1] *= 1e30
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.warns(UserWarning, match="running_var must fit its type"):
+        nf.batch_norm(x, mean, var, training=True)
+    assert var[1:].isfinite().all()
+
+
 def test_running_variance_warns_only_when_it_saturates():
     mean, var = torch.zeros(3), torch.ones(3)
     with warnings.catch_warnings():

@@ -198,7 +198,7 @@ def update_running_(
     OPS.update_running_.default(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
     if type(var) is not Tensor or not var.is_cpu or torch.compiler.is_compiling() or not (count > 1 and var.numel()):
         return
-    limit, largest = torch.finfo(running_var.dtype).max, var.max().item()
+    limit, largest = torch.finfo(running_var.dtype).max, var.nan_to_num(0.0).max().item()
     if largest * (count / (count - 1)) > limit:
         warnings.warn(
             f"batch_norm: running_var must fit its type; this batch's variance exceeds {limit:.3g} and was cut to it; "
