@@ -338,7 +338,8 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
   const int64_t fewest = std::max<int64_t>(1, kGrain / (kRowBlock * std::max<int64_t>(cols, 1)));
   const int64_t per_chunk = sums ? std::max(fewest, (blocks + limit - 1) / limit) : 1;
   const int64_t chunks = (blocks + per_chunk - 1) / per_chunk;
-  Array<double> total((sums ? 2 * std::max<int64_t>(chunks, 1) * cols : 0), 0.0);
+  Array<double> total(sums ? 2 * std::max<int64_t>(chunks, 1) * cols : 0);
+  if (!chunks) std::fill(total.begin(), total.end(), 0.0);
   with_type(in.x, [&](auto tag) {
     using T = decltype(tag);
     using A = Wide<T>;
@@ -351,6 +352,7 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
       A *dw = want_dw ? block.data() : nullptr, *db = want_db ? block.data() + cols : nullptr;
       for (int64_t c = begin; c < end; ++c) {
         double* sum = sums ? total.data() + 2 * c * cols : nullptr;
+        if (sums) std::fill_n(sum, 2 * cols, 0.0);
         for (int64_t b = c * per_chunk; b < std::min((c + 1) * per_chunk, blocks); ++b) {
           if (!packed_rows) {
             const int64_t n = b / tiles, first = b % tiles * kTile;
@@ -367,8 +369,11 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
     });
   });
   if (want_dx) r.dx = widened(laid_out(r.dx, typed, in.copied), input.scalar_type());
-  for (int64_t c = 1; sums && c < chunks; ++c)
-    for (int64_t j = 0; j < 2 * cols; ++j) total[j] += total[2 * c * cols + j];
+  if (sums)
+    parallel(2 * cols, chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 1; c < chunks; ++c)
+        for (int64_t j = begin; j < end; ++j) total[j] += total[2 * c * cols + j];
+    });
   if (want_dw) with_type(r.dweight, [&](auto t) { round_to(out<decltype(t)>(r.dweight), total.data(), cols); });
   if (want_db) with_type(r.dbias, [&](auto t) { round_to(out<decltype(t)>(r.dbias), total.data() + cols, cols); });
   return r;
