@@ -13,6 +13,7 @@ from .common import (
     AFFINE,
     GRADIENTS,
     OPS,
+    Function,
     backward_outputs,
     declare,
     fake_channel_gradients,
@@ -178,7 +179,7 @@ declare(
 )
 
 
-class BatchNormTraining(torch.autograd.Function):
+class BatchNormTraining(Function):
     """batch_norm with the batch's statistics: ``apply(x, weight, bias, eps, mask, reproducible) -> (y, mean, var)``."""
 
     @staticmethod
@@ -211,7 +212,7 @@ class BatchNormTraining(torch.autograd.Function):
         return *select(wanted, grads), None, None, None
 
 
-class BatchNormEval(torch.autograd.Function):
+class BatchNormEval(Function):
     """batch_norm with running statistics: ``apply(x, weight, bias, running_mean, running_var, eps, mask) -> y``."""
 
     @staticmethod
@@ -243,7 +244,7 @@ class BatchNormEval(torch.autograd.Function):
         return *select(wanted, grads), None, None, None, None
 
 
-class BatchNormReLUTraining(torch.autograd.Function):
+class BatchNormReLUTraining(Function):
     """batch_norm_relu: ``apply(x, weight, bias, residual, eps, mask, reproducible) -> (y, mean, var)``."""
 
     @staticmethod
@@ -278,7 +279,7 @@ class BatchNormReLUTraining(torch.autograd.Function):
         return *select(wanted, grads), None, None, None
 
 
-class BatchNormReLUEval(torch.autograd.Function):
+class BatchNormReLUEval(Function):
     """Its eval: ``apply(x, weight, bias, residual, running_mean, running_var, eps, mask) -> y``."""
 
     @staticmethod

@@ -27,6 +27,12 @@ def declare(schema: str, implementation: Callable[..., Any], fake: Callable[...,
     torch.library.register_fake(f"normwise::{name}", fake, lib=_library)
 
 
+class Function(torch.autograd.Function):
+    """An autograd function for calls outside functorch's transforms, which are not looked for a second time."""
+
+    apply = torch._C._FunctionBase.__dict__["apply"]
+
+
 def like(x: Tensor, values: Tensor) -> Tensor:
     """The values in the memory layout of ``x``."""
     return torch.empty_like(x, dtype=values.dtype).copy_(values)

@@ -13,6 +13,7 @@ from .common import (
     AFFINE,
     GRADIENTS,
     OPS,
+    Function,
     backward_outputs,
     declare,
     fake_channel_gradients,
@@ -80,7 +81,7 @@ declare(
 )
 
 
-class GroupNorm(torch.autograd.Function):
+class GroupNorm(Function):
     """group_norm with a gradient: ``apply(x, weight, bias, num_groups, eps, mask, out_dtype) -> (y, mean, rstd)``."""
 
     @staticmethod

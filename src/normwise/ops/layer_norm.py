@@ -13,6 +13,7 @@ from .common import (
     AFFINE,
     GRADIENTS,
     OPS,
+    Function,
     backward_outputs,
     declare,
     fake_gradients,
@@ -245,7 +246,7 @@ declare(
 )
 
 
-class LayerNorm(torch.autograd.Function):
+class LayerNorm(Function):
     """layer_norm with a gradient: ``apply(x, weight, bias, normalized_shape, eps, out_dtype) -> y``."""
 
     @staticmethod
@@ -277,7 +278,7 @@ class LayerNorm(torch.autograd.Function):
         return *select(wanted, grads), None, None, None
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNorm(Function):
     """rms_norm with a gradient: ``apply(x, weight, normalized_shape, eps, out_dtype) -> y``."""
 
     @staticmethod
@@ -308,7 +309,7 @@ class RMSNorm(torch.autograd.Function):
         return *select(wanted, grads), None, None, None
 
 
-class FusedAddLayerNorm(torch.autograd.Function):
+class FusedAddLayerNorm(Function):
     """Both outputs: ``apply(x, residual, weight, bias, normalized_shape, eps, out_dtype) -> (y, h)``."""
 
     @staticmethod
@@ -351,7 +352,7 @@ class FusedAddLayerNorm(torch.autograd.Function):
         return dx, dx, dweight, dbias, None, None, None
 
 
-class FusedAddRMSNorm(torch.autograd.Function):
+class FusedAddRMSNorm(Function):
     """Both outputs: ``apply(x, residual, weight, normalized_shape, eps, out_dtype) -> (y, h)``."""
 
     @staticmethod
