@@ -9,13 +9,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help compare test sanitize fuzz bench format clean
+.PHONY: help compare test test-distributed sanitize fuzz bench format clean
 
 help:
 	@echo "make compare   install into $(VENV), compare Batch Norm and Layer Norm, write compare.html"
 	@echo "make test      install into $(VENV), check format, lint and types, run examples and tests"
 	@echo "make sanitize  run the tests of the kernels with every access and operation checked; NORMWISE_CPU names others"
 	@echo "make fuzz      try random norms, shapes, types, layouts and values for FUZZ_MINUTES=10"
+	@echo "make test-distributed  try SyncBatchNorm on more processes and more random splits"
 	@echo "make bench     time every norm beside its peers on an idle machine; shorter: BENCH_ARGS=--quick, others: --help"
 	@echo "make format    format the code and repair what the linter can"
 	@echo "make clean     remove $(VENV) and everything else that was made"
@@ -55,6 +56,10 @@ sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --capture=sys $(PYTEST_ARGS) tests/test_kernels.py tests/test_contract.py tests/test_fuzz.py
 
 FUZZ_MINUTES ?= 10
+# More processes than fit a short test, and more random splits
+test-distributed: $(VENV)/installed-dev
+	NORMWISE_PROCESSES="4 7" $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sync_batch_norm.py tests/test_torchrun.py
+
 fuzz: $(VENV)/installed-dev
 	@$(BIN)/python tests/test_fuzz.py $(FUZZ_MINUTES)
 

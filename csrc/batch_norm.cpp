@@ -240,17 +240,26 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
           want_db ? rounded(dbias, *bias_dtype) : nothing(x), dr};
 }
 
-// The order-free sums of a part of a batch, (C, kMoments), to be added to those of the other parts.
-Tensor batch_norm_sums(Tensor x, double eps, MaybeTensor mask) {
-  const Channels in = channels_of(x, true);
+void check_headroom(const View& v, int64_t chunks) {
+  STD_TORCH_CHECK(v.n * chunks < kMostTerms, "batch_norm: exact sums hold 2^29 parts a channel; there are more; use a ",
+                  "smaller batch or reproducible=False.");
+}
+
+// The order-free sums of a part of a batch, (C, kMoments), to be added to those of the other parts. Unless the order of
+// its examples must not matter either, they are summed first.
+Tensor batch_norm_sums(Tensor x, double eps, MaybeTensor mask, bool reproducible) {
+  const Channels in = channels_of(x, reproducible);
   const View& v = in.view;
   Tensor sums = empty({v.c, kMoments}, ScalarType::Long);
   std::fill_n(out<int64_t>(sums), v.c * kMoments, 0);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const auto parts = channel_parts(data<T>(in.x), v, Mask(mask, v), eps);
+    check_headroom(v, parts.chunks);
     each_merged(v.c, v.n * parts.chunks, [&](int64_t first, int64_t last) {
       add_exactly(parts, first, last, out<int64_t>(sums) + first * kMoments);
+      for (int64_t c = first; c < last; ++c)
+        for (int part = 0; part < 2; ++part) carry(out<int64_t>(sums) + c * kMoments + part * kSlots);
     });
   });
   return sums;
@@ -271,8 +280,9 @@ Three batch_norm_moments(Tensor sums) {
 }
 
 // The order-free sums of dy and of dy * (x - mean) * unit of a part of a batch, (C, 2 * kSlots).
-Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, double eps, MaybeTensor mask) {
-  const Channels in = channels_of(x, true);
+Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, double eps, MaybeTensor mask,
+                                bool reproducible) {
+  const Channels in = channels_of(x, reproducible);
   const Tensor dy = in.in_order(grad);
   const View& v = in.view;
   Tensor result = empty({v.c, 2 * kSlots}, ScalarType::Long);
@@ -284,9 +294,11 @@ Tensor batch_norm_gradient_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, 
     std::vector<double> lo;
     const auto sums = gradient_sums(Upstream<T>{data<T>(dy)}, data<T>(in.x), v, Mask(mask, v), means, vars, eps, lo,
                                     [](int64_t, int64_t) {});
+    check_headroom(v, sums.chunks);
     each_merged(v.c, v.n * sums.chunks, [&](int64_t first, int64_t last) {
       GradientSums all[kMerged];
       add_gradients(sums, first, last, lo.data() + first, all, out<int64_t>(result) + first * 2 * kSlots);
+      for (int64_t c = 2 * first; c < 2 * last; ++c) carry(out<int64_t>(result) + c * kSlots);
     });
   });
   return result;
@@ -337,8 +349,9 @@ Four batch_norm_relu_backward(Tensor dy, Tensor y, Tensor x, Tensor mean, Tensor
 }
 
 // running = (1 - momentum) * running + momentum * batch, for statistics of shape (C) or (N, C), averaged over N.
+// `total` has the values of each channel, in place of `count`, where only the data tells.
 void update_running_(Tensor running_mean, Tensor running_var, MaybeTensor num_batches_tracked, Tensor mean, Tensor var,
-                     int64_t count, std::optional<double> momentum, MaybeTensor mask) {
+                     int64_t count, std::optional<double> momentum, MaybeTensor mask, MaybeTensor total) {
   const int64_t channels = running_mean.numel(), rows = channels ? mean.numel() / channels : 0;
   double factor = momentum.value_or(0);
   if (num_batches_tracked) {
@@ -358,23 +371,24 @@ void update_running_(Tensor running_mean, Tensor running_var, MaybeTensor num_ba
       n[r] = each ? double(in) * double(count) / double(each) : 0;
     }
   }
+  const Parameter<double> counts(total);
   const auto move = [&](const Tensor& running, const double* batch, bool is_var) {
     with_type(running, [&](auto tag) {
       using P = decltype(tag);
       const double limit = largest<P>();
       for (int64_t c = 0; c < channels; ++c) {
-        double total = 0;
+        double sum = 0;
         int64_t informed = 0;
         for (int64_t r = 0; r < rows; ++r) {
-          if (!(n[r] > (is_var ? 1 : 0))) continue;
-          const double value = batch[r * channels + c] * (is_var ? n[r] / (n[r] - 1) : 1);
-          total += value;
+          const double values = at(counts.data(), c, n[r]);
+          if (!(values > (is_var ? 1 : 0))) continue;
+          sum += batch[r * channels + c] * (is_var ? values / (values - 1) : 1);
           ++informed;
         }
         if (!informed) continue;
-        const double average = std::min(total / double(informed), limit);
+        const double average = std::min(sum / double(informed), limit);
         P* to = out<P>(running) + c * running.stride(0);
-        put(to, Wide<P>((1 - factor) * double(get(to)) + factor * (std::isnan(total) ? total : average)));
+        put(to, Wide<P>((1 - factor) * double(get(to)) + factor * (std::isnan(sum) ? sum : average)));
       }
     });
   };

@@ -49,6 +49,13 @@ inline Pair operator/(Pair a, double b) {
   return two_sum(q, rest.hi / b);
 }
 
+constexpr int64_t kMostTerms = int64_t(1) << 29;  // with the low parts of pairs, half of what a digit can hold
+
+// The same sum with digits below 2^32, so that those of 2^30 processes can be added.
+inline void carry(int64_t* sum) {
+  for (int k = 0; k + 1 < kDigits; ++k) sum[k + 1] += sum[k] >> 32, sum[k] &= 0xffffffff;
+}
+
 // The sum, good to 2^-100 of itself; not a number if the grid could not hold a term.
 inline Pair value_of(const int64_t* sum) {
   if (sum[kDigits]) return {NAN, 0};

@@ -38,8 +38,8 @@ def layout(x: Tensor) -> torch.memory_format:
 
 def in_parts(parts: list[tuple[Tensor, Tensor]], weight: Tensor) -> list[Tensor]:
     """The same by sums that are merged: mean, var, then y and dx of all parts, dweight and dbias."""
-    mean, var, count = OPS.batch_norm_moments(sum(OPS.batch_norm_sums(x, EPS, None) for x, _ in parts))
-    sums = sum(OPS.batch_norm_gradient_sums(dy, x, mean, var, EPS, None) for x, dy in parts)
+    mean, var, count = OPS.batch_norm_moments(sum(OPS.batch_norm_sums(x, EPS, None, True) for x, _ in parts))
+    sums = sum(OPS.batch_norm_gradient_sums(dy, x, mean, var, EPS, None, True) for x, dy in parts)
     y = [OPS.batch_norm(x, mean, var, weight, weight, EPS, None) for x, _ in parts]
     grads = [
         OPS.batch_norm_backward_of_sums(
@@ -113,7 +113,7 @@ def test_merged_parts_equal_one_process(ratio: float):
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1.0, 1e30])
 def test_the_moments_of_merged_parts_are_exact(scale: float):
     x = (torch.randn(50, 3, dtype=torch.float64) * scale + scale * 1e3).float()
-    parts = sum(OPS.batch_norm_sums(part, EPS, None) for part in x.split(7))
+    parts = sum(OPS.batch_norm_sums(part, EPS, None, True) for part in x.split(7))
     mean, var, count = OPS.batch_norm_moments(parts)
     assert count.tolist() == [50.0] * 3
     for c, column in enumerate(x.T.tolist()):

@@ -95,7 +95,7 @@ plain_layers = pytest.mark.parametrize("layer", PLAIN, ids=str)
 
 def test_every_layer_is_here():
     layers = {name for name in nw.nn.__all__ if inspect.isclass(getattr(nw.nn, name))}
-    assert layers == {layer.name for layer in PLAIN} | {"LayerNorm2d"}
+    assert layers == {layer.name for layer in PLAIN} | {"LayerNorm2d", "SyncBatchNorm"}
 
 
 # Twins

@@ -10,6 +10,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as tf
 from cases import Norm
 from torch import Tensor
@@ -32,12 +33,12 @@ batch_norm(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Te
 batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 batch_norm_backward_of_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask, Tensor sums, Tensor count, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)
-batch_norm_gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask) -> Tensor
+batch_norm_gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask, bool reproducible) -> Tensor
 batch_norm_moments(Tensor sums) -> (Tensor mean, Tensor var, Tensor count)
 batch_norm_relu(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, Tensor? mask, Tensor? residual) -> Tensor
 batch_norm_relu_backward(Tensor dy, Tensor y, Tensor x, Tensor mean, Tensor var, float eps, bool training, Tensor? mask, bool reproducible, Tensor? weight, ScalarType? bias_dtype, bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)
 batch_norm_relu_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? mask, Tensor? residual, bool reproducible) -> (Tensor y, Tensor mean, Tensor var)
-batch_norm_sums(Tensor x, float eps, Tensor? mask) -> Tensor
+batch_norm_sums(Tensor x, float eps, Tensor? mask, bool reproducible) -> Tensor
 fused_add_layer_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h)
 fused_add_layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor mean, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 fused_add_layer_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)
@@ -53,7 +54,8 @@ layer_norm_forward(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? 
 rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> Tensor
 rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, bool[2] output_mask) -> (Tensor dx, Tensor dweight)
 rms_norm_forward(Tensor x, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor rstd)
-update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, SymInt count, float? momentum, Tensor? mask) -> ()
+sum_over_processes(Tensor values, str group, str layer, str settings, str direction) -> Tensor
+update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, SymInt count, float? momentum, Tensor? mask, Tensor? total=None) -> ()
 """  # noqa: E501
 """What kernels in C++ and Triton are registered for, and saved programs call."""
 
@@ -64,6 +66,20 @@ def test_schemas_are_pinned():
 
 
 # opcheck, and shapes, types and strides of the fake outputs
+
+
+def group() -> str:
+    """The name of a group of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD.group_name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_group_is_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -120,17 +136,19 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "batch_norm_relu_backward", (*common, [True, True, True, True])
     yield "fused_add_layer_norm_backward", (dy, None, x, *rows, [d], None, None, [True, True, True])
     yield "fused_add_rms_norm_backward", (dy, None, x, square, [d], None, [True, True])
-    sums = OPS.batch_norm_sums(x, 1e-5, mask)
+    sums = OPS.batch_norm_sums(x, 1e-5, mask, True)
     mean, var, count = OPS.batch_norm_moments(sums)
-    yield "batch_norm_sums", (x, 1e-5, mask)
+    yield "batch_norm_sums", (x, 1e-5, mask, True)
     yield "batch_norm_moments", (sums,)
-    yield "batch_norm_gradient_sums", (dy, x, mean, var, 1e-5, mask)
-    sums = OPS.batch_norm_gradient_sums(dy, x, mean, var, 1e-5, mask)
+    yield "batch_norm_gradient_sums", (dy, x, mean, var, 1e-5, mask, True)
+    sums = OPS.batch_norm_gradient_sums(dy, x, mean, var, 1e-5, mask, True)
     common = (dy, x, mean, var, 1e-5, mask, sums, count, channels, f32)
     yield "batch_norm_backward_of_sums", (*common, [True, True, True])
     yield "batch_norm_backward_of_sums", (*common[:-2], None, None, [True, False, False])
+    yield "sum_over_processes", (sums, group(), "layer", "settings", "forward")
     mean, var, count = torch.zeros(c), torch.ones(c), torch.tensor(0)
     yield "update_running_", (mean, var, count, *batch, x.numel() // c, None, mask)
+    yield "update_running_", (mean, var, count, *batch, 0, 0.1, None, torch.full((c,), 8.0, dtype=torch.float64))
     yield "update_running_", (mean, var, None, batch[0].expand(n, c), batch[1].expand(n, c), x.numel() // c, 0.1, None)
 
 
@@ -439,7 +457,7 @@ def randomized(layer: torch.nn.Module) -> torch.nn.Module:
 
 def test_every_layer_is_here():
     layers = {n for n in nw.nn.__all__ if isinstance(getattr(nw.nn, n), type)}
-    assert set(LAYERS) == layers
+    assert set(LAYERS) | {"SyncBatchNorm"} == layers  # that is compiled where there are processes
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

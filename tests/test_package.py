@@ -23,7 +23,7 @@ FUNCTIONS = {name: getattr(nw.functional, name) for name in nw.functional.__all_
 
 
 def test_names_of_the_package() -> None:
-    assert nw.__all__ == ["Comparison", "backends", "compare", "functional", "nn"]
+    assert nw.__all__ == ["Comparison", "backends", "compare", "distributed", "functional", "nn"]
 
 
 def test_names_of_functional() -> None:
@@ -37,6 +37,7 @@ def test_names_of_functional() -> None:
         "layer_norm",
         "normalize",
         "rms_norm",
+        "sync_batch_norm",
     ]
     defined = {name for name, value in vars(nw.functional).items() if inspect.isfunction(value)}
     assert defined == set(FUNCTIONS)
@@ -54,6 +55,7 @@ def test_names_of_nn() -> None:
         "LayerNorm",
         "LayerNorm2d",
         "RMSNorm",
+        "SyncBatchNorm",
         "replace",
         "restore",
         "skipped",

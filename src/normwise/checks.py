@@ -227,6 +227,19 @@ def check_values_per_channel(name: str, x: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def check_values_of_all(name: str, x: Tensor, count: Tensor) -> None:
+    """All processes together have more than one value for each channel.
+
+    Raises:
+        ValueError: If they have one. An empty batch passes, as in PyTorch.
+    """
+    if count.numel() and count[0].item() == 1:
+        raise ValueError(
+            f"{name}: 1 value per channel over all processes in training has no variance (x here is {_shape(x)}); "
+            "use a larger batch, eval() or layer_norm."
+        )
+
+
 def check_values_per_group(name: str, x: Tensor, num_groups: int) -> None:
     """A batch of one has more than one value a group (PyTorch's rule: with more examples, one value a group gives 0).
 

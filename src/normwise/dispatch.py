@@ -120,6 +120,24 @@ def batch_norm_training(
     return OPS.batch_norm_forward.default(x, weight, bias, eps, mask, exact)
 
 
+def sync_batch_norm_training(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    reproducible: bool | None,
+    place: ops.Place,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; mean, biased variance and count of all processes."""
+    if transformed():
+        raise RuntimeError(f"{place[1]}: no transform of torch.func crosses processes; one is active; use batch_norm.")
+    exact = exact_sums(x, reproducible)
+    if differentiated(x, weight, bias):
+        return ops.SyncBatchNorm.apply(x, weight, bias, eps, mask, exact, place)
+    return ops.normalize_over_processes(x, weight, bias, eps, mask, exact, place)
+
+
 def batch_norm_eval(
     x: Tensor,
     running_mean: Tensor,
@@ -184,6 +202,7 @@ def update_running_(
     count: int,
     momentum: float | None,
     mask: Tensor | None,
+    total: Tensor | None = None,
 ) -> None:
     """Move running statistics, if there are any, and warn where a variance is cut to what its type can hold.
 
@@ -195,8 +214,11 @@ def update_running_(
         with torch.no_grad():
             reference.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
         return
-    OPS.update_running_.default(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
-    if type(var) is not Tensor or not var.is_cpu or torch.compiler.is_compiling() or not (count > 1 and var.numel()):
+    OPS.update_running_.default(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask, total)
+    if type(var) is not Tensor or not var.is_cpu or torch.compiler.is_compiling() or not var.numel():
+        return
+    count = count if total is None else int(total[0])
+    if count < 2:
         return
     limit, largest = torch.finfo(running_var.dtype).max, var.nan_to_num(0.0).max().item()
     if largest * (count / (count - 1)) > limit:

@@ -36,11 +36,19 @@ def exact_sum(terms: Tensor) -> Tensor:
     return sums
 
 
+def carried(sums: Tensor) -> Tensor:
+    """The same sums with digits below 2^32, so that those of 2^30 processes can be added."""
+    digits = list(sums.unbind(1))
+    for i in range(DIGITS - 1):
+        digits[i + 1], digits[i] = digits[i + 1] + (digits[i] >> 32), digits[i] & 0xFFFFFFFF
+    return torch.stack(digits, 1)
+
+
 def value(sums: Tensor) -> Pair:
     """The values of sums (C, SLOTS), each good to 2^-100 of itself; not a number where a term was off the grid."""
-    digits = _carried(sums)
+    digits = _non_negative(sums)
     negative = digits[DIGITS] < 0
-    digits = torch.where(negative, _carried(-sums), digits)
+    digits = torch.where(negative, _non_negative(-sums), digits)
     total = torch.zeros(len(sums), dtype=torch.float64, device=sums.device), digits[0] * 0.0
     for i in reversed(range(DIGITS)):
         term = torch.ldexp(digits[i].double(), torch.tensor(LOWEST + 32 * i, device=sums.device))
@@ -50,7 +58,7 @@ def value(sums: Tensor) -> Pair:
     return total[0] * sign + off_grid, total[1] * sign
 
 
-def _carried(sums: Tensor) -> Tensor:
+def _non_negative(sums: Tensor) -> Tensor:
     """Digits from 0 to 2^32 - 1, and after them what is left over: -1 for a negative sum."""
     digits, carry = [], torch.zeros_like(sums[:, 0])
     for digit in sums[:, :DIGITS].unbind(1):

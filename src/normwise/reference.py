@@ -221,6 +221,7 @@ def update_running_(
     count: int,
     momentum: float | None,
     mask: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> None:
     """Move running statistics towards one batch's: ``running = (1 - momentum) * running + momentum * batch``.
 
@@ -236,6 +237,7 @@ def update_running_(
         count: Values behind each of them, valid or not.
         momentum: The weight of this batch; None for the average of all batches so far.
         mask: The valid positions among them, (N) or (N, positions).
+        total: The values behind each, (C), in place of ``count``, where they are known as data alone.
     """
     mean, var = torch.atleast_2d(mean.detach()), torch.atleast_2d(var.detach())
     if num_batches_tracked is not None:
@@ -244,12 +246,12 @@ def update_running_(
         factor: Tensor | float = 1.0 / num_batches_tracked.double()
     else:
         factor = momentum or 0.0
-    n = mean.new_full((len(mean), 1), count)
+    n = mean.new_full((len(mean), 1), count) if total is None else total.double().unsqueeze(0)
     if mask is not None:
         n = n * mask.reshape(len(mean), mask.numel() // max(len(mean), 1)).double().mean(1, keepdim=True)
     limit = torch.finfo(running_var.dtype).max
     unbiased = torch.where(n > 1, var * (n / (n - 1)), 0.0)
     for running, batch, informed in ((running_mean, mean, n > 0), (running_var, unbiased, n > 1)):
-        average = torch.where(informed, batch, 0.0).sum(0) / informed.sum().clamp(min=1)
+        average = torch.where(informed, batch, 0.0).sum(0) / informed.sum(0).clamp(min=1)
         moved = (1 - factor) * running.double() + factor * average.clamp(max=limit)
-        running.copy_(torch.where(informed.any(), moved, running.double()))
+        running.copy_(torch.where(informed.any(0), moved, running.double()))

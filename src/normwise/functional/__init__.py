@@ -11,6 +11,7 @@ from ._batch_norm import batch_norm, batch_norm_relu
 from ._group_norm import group_norm, instance_norm
 from ._layer_norm import fused_add_layer_norm, fused_add_rms_norm, layer_norm, rms_norm
 from ._normalize import normalize
+from ._sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "batch_norm",
@@ -22,4 +23,5 @@ __all__ = [
     "layer_norm",
     "normalize",
     "rms_norm",
+    "sync_batch_norm",
 ]

@@ -36,6 +36,11 @@ def backends() -> dict[str, str]:
     return {"cpu": f"{_cpu}, {threads} thread{'s' if threads > 1 else ''}", "cuda": cuda}
 
 
+def instruction_set() -> str:
+    """What runs the norms on the CPU: one of the libraries, or the reference."""
+    return _cpu.partition(" ")[0]
+
+
 def usable() -> tuple[str, ...]:
     """The instruction sets that this chip has, the fastest first."""
     if platform.machine().lower() in ("aarch64", "arm64"):

@@ -1,6 +1,6 @@
 """Layers: twins of those in `torch.nn`, and functions that put them into a model."""
 
-from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layer_norm import LayerNorm, LayerNorm2d, RMSNorm
 from .swap import replace, restore, skipped
@@ -16,6 +16,7 @@ __all__ = [
     "LayerNorm",
     "LayerNorm2d",
     "RMSNorm",
+    "SyncBatchNorm",
     "replace",
     "restore",
     "skipped",

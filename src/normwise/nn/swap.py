@@ -88,7 +88,7 @@ def _why_not(module: nn.Module) -> str:
     if isinstance(module, nn.modules.batchnorm._LazyNormBase):
         return f"{kind} is not initialized; run one batch first"
     if isinstance(module, nn.SyncBatchNorm):
-        return f"normwise has no {kind}"
+        return "normwise.nn.SyncBatchNorm.convert takes it"
     if type(module) not in TWINS:
         return f"{kind} is a subclass and may add behaviour"
     return "its forward is patched on the instance" if "forward" in vars(module) else ""

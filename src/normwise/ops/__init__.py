@@ -14,6 +14,7 @@ from . import batch_norm_parts  # noqa: F401  declares its operators
 from .batch_norm import BatchNormEval, BatchNormReLUEval, BatchNormReLUTraining, BatchNormTraining
 from .group_norm import GroupNorm
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, LayerNorm, RMSNorm
+from .sync_batch_norm import Place, SyncBatchNorm, normalize_over_processes
 
 __all__ = [
     "BatchNormEval",
@@ -24,7 +25,10 @@ __all__ = [
     "FusedAddRMSNorm",
     "GroupNorm",
     "LayerNorm",
+    "Place",
     "RMSNorm",
+    "SyncBatchNorm",
+    "normalize_over_processes",
 ]
 
 load_cpu_kernels()

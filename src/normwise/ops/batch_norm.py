@@ -122,8 +122,9 @@ def _update_running_(
     count: int,
     momentum: float | None,
     mask: Tensor | None,
+    total: Tensor | None = None,
 ) -> None:
-    reference.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask)
+    reference.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum, mask, total)
 
 
 def _fake_batch_norm_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +174,7 @@ declare(
 )
 declare(
     "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked,"
-    " Tensor mean, Tensor var, SymInt count, float? momentum, Tensor? mask) -> ()",
+    " Tensor mean, Tensor var, SymInt count, float? momentum, Tensor? mask, Tensor? total=None) -> ()",
     _update_running_,
     lambda *args: None,
 )

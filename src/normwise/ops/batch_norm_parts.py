@@ -1,6 +1,7 @@
 """Operators of Batch Norm over a batch in parts: each gives its sums, which are added, and takes the statistics of all.
 
-The sums have no order, so that neither the split nor the sequence of the parts changes a bit.
+The sums have no order: the sequence of the parts changes no bit and, where they are reproducible, neither do the split
+and the sequence of the examples. The reference's always are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..exact_sum import SLOTS, add, divide, exact_sum, multiply, two_product, value
+from ..exact_sum import SLOTS, add, carried, divide, exact_sum, multiply, two_product, value
 from .common import GRADIENTS, declare, fake_channel_gradients, fake_statistics, like
 
 
@@ -22,10 +23,10 @@ def _positions(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows, valid.sum((0, *range(2, x.dim())))
 
 
-def _batch_norm_sums(x: Tensor, eps: float, mask: Tensor | None) -> Tensor:
+def _batch_norm_sums(x: Tensor, eps: float, mask: Tensor | None, reproducible: bool) -> Tensor:
     rows, count = _positions(x, mask)
     squares = torch.cat(two_product(rows, rows))
-    return torch.cat([exact_sum(rows), exact_sum(squares), count.unsqueeze(1)], 1)
+    return torch.cat([carried(exact_sum(rows)), carried(exact_sum(squares)), count.unsqueeze(1)], 1)
 
 
 def _batch_norm_moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,10 +45,11 @@ def _unit(rstd: Tensor) -> Tensor:
 
 
 def _batch_norm_gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, mask: Tensor | None
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, mask: Tensor | None, reproducible: bool
 ) -> Tensor:
     (g, _), (rows, _) = _positions(dy, mask), _positions(x, mask)
-    return torch.cat([exact_sum(g), exact_sum(g * ((rows - mean) * _unit((var + eps).rsqrt())))], 1)
+    centred = (rows - mean) * _unit((var + eps).rsqrt())
+    return torch.cat([carried(exact_sum(g)), carried(exact_sum(g * centred))], 1)
 
 
 def _batch_norm_backward_of_sums(
@@ -83,7 +85,7 @@ def _batch_norm_backward_of_sums(
 
 
 declare(
-    "batch_norm_sums(Tensor x, float eps, Tensor? mask) -> Tensor",
+    "batch_norm_sums(Tensor x, float eps, Tensor? mask, bool reproducible) -> Tensor",
     _batch_norm_sums,
     lambda x, *args: x.new_empty((x.shape[1], 2 * SLOTS + 1), dtype=torch.int64),
 )
@@ -93,7 +95,8 @@ declare(
     lambda sums: tuple(fake_statistics(sums, sums.shape[:1]) for _ in range(3)),
 )
 declare(
-    "batch_norm_gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask) -> Tensor",
+    "batch_norm_gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, float eps, Tensor? mask, bool reproducible)"
+    " -> Tensor",
     _batch_norm_gradient_sums,
     lambda dy, x, *args: x.new_empty((x.shape[1], 2 * SLOTS), dtype=torch.int64),
 )
