@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 NORMS = "batch_norm, layer_norm, rms_norm, group_norm, instance_norm"
+PRESETS = "nvlink4, infiniband-ndr, ethernet-100g"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,8 +72,8 @@ def compare(
             batch, preset=preset, key=key, dtype=_dtype(dtype), allow_nonfinite=allow_nonfinite, stdin=sys.stdin
         )
         comparison = compare_batch(
-            loaded, weight=_numbers("weight", weight), bias=_numbers("bias", bias), cell=_index(cell),
-            allow_nonfinite=allow_nonfinite, **settings,
+            loaded, weight=_numbers("weight", weight), bias=_numbers("bias", bias),
+            cell=_integers("cell", cell, "0,2"), allow_nonfinite=allow_nonfinite, **settings,
         )  # fmt: skip
         if html is not None:
             _write(Path(html), comparison.to_html())
@@ -113,6 +114,47 @@ def env(as_json: bool) -> None:
     rows = {**{k: v for k, v in found.items() if k != "backends"}, **backends()}
     for name, value in rows.items():
         click.echo(f"{name:9} {value}")
+
+
+@cli.group()
+def lab() -> None:
+    """Experiments that measure a claim about norms."""
+
+
+@lab.command()
+@click.option("--preset", "presets", multiple=True, help=f"A link with public figures: {PRESETS}; may be repeated.")
+@click.option("--latency", help="Seconds that a message takes besides its bytes: 5us or 5e-6.")
+@click.option("--bandwidth", help="Bytes per second each way: 25GB/s, 100Gbit/s or 2.5e10.")
+@click.option(
+    "--measure/--no-measure", default=None, help="Time all-reduces here, a minute.  [default: without a link]"
+)
+@click.option("--processes", help="Measure these numbers of them.  [default: 2,4,8]")
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens of the Layer Norm that is split.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def distributed(
+    presets: tuple[str, ...], latency: str | None, bandwidth: str | None, measure: bool | None,
+    processes: str | None, tokens: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure all-reduces here, and predict what norms spend on messages over 8 to 16,384 processes.
+
+    With a link, by --preset or by --latency and --bandwidth, nothing is measured unless --measure says so; with
+    --no-measure alone, the prediction is for every preset.
+    """
+    from .lab import cost, distributed_cost
+
+    try:
+        links = cost.links(presets, latency, bandwidth)
+        if measure is None:
+            measure = processes is not None or not links
+        found = distributed_cost(
+            links or ([] if measure else list(cost.PRESETS.values())),
+            worlds=_integers("processes", processes or "2,4,8", "2,4") if measure else (),
+            tokens=tokens,
+            progress=lambda text: click.echo(f"{text} ...", err=True),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(found.to_json() if as_json else _encodable(found.to_text()), nl=as_json)
 
 
 def main() -> None:
@@ -163,11 +205,13 @@ def _dtype(name: str | None) -> Any:
     return getattr(torch, name)
 
 
-def _index(text: str | None) -> list[int] | None:
+def _integers(name: str, text: str | None, example: str) -> list[int] | None:
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"cell: it must be whole numbers with commas; got {text!r}; write for example 0,2.") from None
+        raise ValueError(
+            f"{name}: it must be whole numbers with commas; got {text!r}; write for example {example}."
+        ) from None
 
 
 def _numbers(name: str, text: str | None) -> list[float] | None:
