@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,16 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 HEADER = 512
 """Bytes of a layer's name and settings, the same for every layer."""
+
+
+class Collective(NamedTuple):
+    """One that has taken place; bytes are those that this process gave to it, seconds those that it waited."""
+
+    layer: str
+    direction: str
+    bytes: int
+    seconds: float
+
 
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
 
@@ -66,6 +77,8 @@ class Exchange:
         self._lanes: dict[int, Any] = {}
         self.numbers = itertools.count(1)
         """For layers, in the order in which they are first called."""
+        self.record: list[Collective] | None = None
+        """Where collectives are written down, while someone wants to know."""
 
     def sum(self, values: Tensor, layer: str, settings: str, direction: str) -> Tensor:
         """Add up the int64 ``values`` of all processes.
@@ -85,7 +98,7 @@ class Exchange:
         """
         place, tag = self._arrive(values, layer, settings, direction)
         message = self._message(values, tag)
-        self._with_others(place, message, lambda lane: lane.allreduce([message]))
+        self._with_others(place, layer, direction, message, lambda lane: lane.allreduce([message]))
         self._check(place, message[-1:], tag * len(self._ranks))
         return message[: values.numel()].view_as(values)
 
@@ -94,7 +107,7 @@ class Exchange:
         place, tag = self._arrive(values, layer, settings, direction)
         message = self._message(values.view(torch.int64), tag)
         found = [torch.empty_like(message) for _ in self._ranks]
-        self._with_others(place, message, lambda lane: lane.allgather([found], [message]))
+        self._with_others(place, layer, direction, message, lambda lane: lane.allgather([found], [message]))
         self._check(place, torch.stack([theirs[-1] for theirs in found]), tag)
         return [theirs[: values.numel()].view(torch.float64).view_as(values) for theirs in found]
 
@@ -127,7 +140,8 @@ class Exchange:
         mine[: len(text)] = torch.frombuffer(bytearray(text[:HEADER]), dtype=torch.uint8)[:HEADER]
         mine = mine.to(device)
         gathered = [torch.empty_like(mine) for _ in self._ranks]
-        self._with_others(f"the first step of {layer}", mine, lambda lane: lane.allgather([gathered], [mine]))
+        place = f"the first step of {layer}"
+        self._with_others(place, layer, "agreement", mine, lambda lane: lane.allgather([gathered], [mine]))
         found: dict[str, list[int]] = {}
         for rank, header in zip(self._ranks, gathered, strict=True):
             found.setdefault(bytes(header.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(rank)
@@ -139,11 +153,16 @@ class Exchange:
             )
         self._agreed.add((layer, settings))
 
-    def _with_others(self, place: str, message: Tensor, collective: Callable[[Any], Any]) -> None:
+    def _with_others(
+        self, place: str, layer: str, direction: str, message: Tensor, collective: Callable[[Any], Any]
+    ) -> None:
+        start = time.perf_counter()
         try:
             collective(self._lane(message.numel(), message.device)).wait()
         except RuntimeError as error:
             raise RuntimeError(self._elsewhere(place, str(error).partition("\n")[0])) from error
+        if self.record is not None:
+            self.record.append(Collective(layer, direction, message.nbytes, time.perf_counter() - start))
 
     def _elsewhere(self, place: str, what: str) -> str:
         return (
