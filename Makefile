@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+JOBS ?= 2
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -13,7 +14,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 help:
 	@echo "make compare   install into $(VENV), compare Batch Norm and Layer Norm, write compare.html"
-	@echo "make test      install into $(VENV), check format, lint and types, run examples and tests"
+	@echo "make test      install into $(VENV), check format, lint and types, run examples and tests, JOBS=2 at a time"
 	@echo "make sanitize  run the tests of the kernels with every access and operation checked; NORMWISE_CPU names others"
 	@echo "make fuzz      try random norms, shapes, types, layouts and values for FUZZ_MINUTES=10"
 	@echo "make test-distributed  try SyncBatchNorm on more processes and more random splits"
@@ -40,7 +41,7 @@ test: $(VENV)/installed-dev
 	@for script in examples/*.py; do \
 	    $(call step,$$script,$(BIN)/python $$script >$(VENV)/example.log 2>&1 || { cat $(VENV)/example.log; false; },its output is above); \
 	done
-	@$(call step,pytest,$(BIN)/python -m pytest $(PYTEST_ARGS),the failures are above)
+	@$(call step,pytest,$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS),the failures are above)
 
 # One library, with GCC's address and undefined behaviour sanitizers. They must be loaded before Python, and libstdc++ with
 # them, else the first exception of C++ finds nobody to throw it. Python itself ends without freeing: no search for leaks.

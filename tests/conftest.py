@@ -8,6 +8,8 @@ import cases
 import pytest
 import torch
 
+torch.manual_seed(0)  # for what is drawn while tests are collected
+
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:

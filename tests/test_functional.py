@@ -569,7 +569,9 @@ FAMILIES: list[tuple[str, str, tuple[int, ...], dict[str, int], Callable[[Tensor
 ]
 
 
-@pytest.mark.parametrize(("pattern", "affine", "shape", "sizes", "family"), FAMILIES, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "affine", "shape", "sizes", "family"), FAMILIES, ids=lambda v: None if callable(v) else str(v)
+)
 def test_normalize_equals_each_family(
     pattern: str, affine: str, shape: tuple[int, ...], sizes: dict[str, int], family: Callable[..., Tensor]
 ):

@@ -244,7 +244,7 @@ def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
 ACTIVATIONS = {"relu": 1, "gelu": 2, nn.GELU(): 2, nn.ReLU(): 1, torch.tanh: 0}
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "__name__", str(a)))
 @torch.no_grad()
 def test_the_fused_path_of_an_encoder_layer(activation: Any, monkeypatch: pytest.MonkeyPatch):
     layer, x = encoder_layer(activation=activation).eval(), torch.randn(2, 5, 8)
