@@ -86,14 +86,14 @@ Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, i
   const Tensor dy = in.in_order(grad);
   const View& v = in.view;
   const Mask valid(mask, v);
-  const Parameter<double> w(weight);
+  const Parameter<double> m(mean), r(rstd), w(weight);
   const bool want_dw = wanted[1] && weight, want_db = wanted[2] && bias_dtype;
   std::vector<double> dweight(v.c), dbias(v.c);
   Tensor dx = wanted[0] ? fresh_like(in.x) : nothing(x);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const int64_t width = v.c / groups;
-    const double *ms = data<double>(mean), *rs = data<double>(rstd), *ws = w.data();
+    const double *ms = m.data(), *rs = r.data(), *ws = w.data();
     const T* xs = data<T>(in.x);
     const Gradient<T> gradient{{data<T>(dy)}, xs, wanted[0] ? out<T>(dx) : nullptr};
     Affine<T> centered(v, false), a(v, false);

@@ -322,7 +322,8 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
                    const std::vector<bool>& wanted) {
   const Tensor typed = widened(input, grad.scalar_type());  // y may be wider than x
   const Rows in(typed, k);
-  const Tensor dy = in.in_order(grad);
+  const Tensor dy = in.in_order(grad), saved_rstd = packed(rstd);
+  const MaybeTensor saved_mean = mean ? MaybeTensor(packed(*mean)) : mean;
   const MaybeTensor added = dh ? MaybeTensor(in.in_order(widened(*dh, grad.scalar_type()))) : dh;
   const int64_t rows = in.rows, cols = in.cols, tiles = in.tiles();
   const bool want_dx = wanted[0], want_dw = wanted[1] && weight, want_db = wanted[2] && bias_type,
@@ -346,7 +347,7 @@ Gradients backward(const Tensor& grad, const MaybeTensor& dh, const Tensor& inpu
     const Parameter<A> w(weight);
     const Backward<T> run{w.data(),    bool(mean),    cols,           in.inner,
                           data<T>(dy), data<T>(in.x), data<T>(added), want_dx ? out<T>(r.dx) : nullptr};
-    const double *means = data<double>(mean), *rstds = data<double>(rstd);
+    const double *means = data<double>(saved_mean), *rstds = data<double>(saved_rstd);
     parallel(chunks, 3 * per_chunk * (packed_rows ? kRowBlock : kTile) * cols, [&](int64_t begin, int64_t end) {
       std::vector<A> block((packed_rows && sums ? 2 * cols : 0));
       A *dw = want_dw ? block.data() : nullptr, *db = want_db ? block.data() + cols : nullptr;

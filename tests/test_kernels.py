@@ -162,3 +162,18 @@ def test_an_instruction_set_can_be_forced(name, words):
     else:
         assert done.returncode == 0
         assert done.stdout.startswith(name or usable())
+
+
+def test_statistics_may_lie_anyhow_in_memory():
+    x, dy = cases.draw((6, 4, 12))
+    weight = torch.ones(12)
+    ops = torch.ops.normwise
+    _, mean, rstd = ops.layer_norm_forward(x, [12], weight, None, 1e-5, None)
+    _, means, rstds = ops.group_norm_forward(x, 2, None, None, 1e-5, None, None)
+    for call, statistics in (
+        (lambda m, r: ops.layer_norm_backward(dy, x, m, r, [12], weight, None, [True] * 3), (mean, rstd)),
+        (lambda m, r: ops.group_norm_backward(dy, x, m, r, 2, 1e-5, None, None, None, [True] * 3), (means, rstds)),
+    ):
+        transposed = [t.T.contiguous().T for t in statistics]
+        assert not transposed[0].is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(call(*statistics), call(*transposed), strict=True))
