@@ -118,7 +118,7 @@ def test_predictions():
     sent = 26560 * (cost.FORWARD + cost.BACKWARD)
     assert p.sync_batch_norm_ring == pytest.approx(106 * 126 * 3e-5 + 2 * 63 / 64 * sent / 2e9)
     assert p.sync_batch_norm_tree == pytest.approx(106 * 12 * 3e-5 + 2 * 63 / 64 * sent / 2e9)
-    assert p.sharded_layer_norm == pytest.approx(130 * 7 * (3e-5 + 4096 * 16 / 2e9))
+    assert p.sharded_layer_norm == pytest.approx(65 * 7 * (6e-5 + 4096 * (24 + 16) / 2e9))
     assert p.batch_norm == p.layer_norm == 0.0
     more = distributed_cost([LINK], tokens=8192).predictions(LINK)
     assert more[0].sharded_layer_norm > p.sharded_layer_norm

@@ -45,6 +45,7 @@ fused_add_layer_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shap
 fused_add_rms_norm(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h)
 fused_add_rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor rstd, SymInt[] normalized_shape, Tensor? weight, bool[2] output_mask) -> (Tensor dx, Tensor dweight)
 fused_add_rms_norm_forward(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps, ScalarType? out_dtype) -> (Tensor y, Tensor h, Tensor rstd)
+gather_over_processes(Tensor values, str group, str layer, str settings, str direction) -> Tensor
 group_norm(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? mask, ScalarType? out_dtype) -> Tensor
 group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, float eps, Tensor? mask, Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)
 group_norm_forward(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? mask, ScalarType? out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)
@@ -146,6 +147,7 @@ def variants(x: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "batch_norm_backward_of_sums", (*common, [True, True, True])
     yield "batch_norm_backward_of_sums", (*common[:-2], None, None, [True, False, False])
     yield "sum_over_processes", (sums, group(), "layer", "settings", "forward")
+    yield "gather_over_processes", (mean, group(), "layer", "settings", "forward")
     mean, var, count = torch.zeros(c), torch.ones(c), torch.tensor(0)
     yield "update_running_", (mean, var, count, *batch, x.numel() // c, None, mask)
     yield "update_running_", (mean, var, count, *batch, 0, 0.1, None, torch.full((c,), 8.0, dtype=torch.float64))

@@ -44,16 +44,25 @@ def constant(function: Function) -> Function:
 
 
 @constant
-def name_of(group: dist.ProcessGroup | None, what: str) -> str:
+def name_of(
+    group: dist.ProcessGroup | None,
+    what: str,
+    otherwise: str = "allow it to be local with SyncBatchNorm(..., allow_local=True)",
+) -> str:
     """The name under which operators know the group, None for that of all processes.
+
+    Args:
+        group: The group.
+        what: What needs it, for the error.
+        otherwise: What to do without one.
 
     Raises:
         RuntimeError: If there is no process group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            f"{what}: training needs a process group; torch.distributed is not initialized; start with torchrun and "
-            "call init_process_group, or allow it to be local with SyncBatchNorm(..., allow_local=True)."
+            f"{what} needs a process group; torch.distributed is not initialized; start with torchrun and call "
+            f"init_process_group, or {otherwise}."
         )
     return str((group or dist.distributed_c10d._get_default_group()).group_name)
 
@@ -71,6 +80,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._ranks = dist.get_process_group_ranks(group)
+        self.world = len(self._ranks)
         self._group = weakref.ref(group)
         self._agreed: set[tuple[str, str]] = set()
         self._steps: Counter[tuple[str, str]] = Counter()
@@ -105,6 +115,7 @@ class Exchange:
     def gather(self, values: Tensor, layer: str, settings: str, direction: str) -> list[Tensor]:
         """The float64 ``values`` of all processes, in the order of their ranks; else as :meth:`sum`."""
         place, tag = self._arrive(values, layer, settings, direction)
+        place = f"{place} with values {tuple(values.shape)}"
         message = self._message(values.view(torch.int64), tag)
         found = [torch.empty_like(message) for _ in self._ranks]
         self._with_others(place, layer, direction, message, lambda lane: lane.allgather([found], [message]))
@@ -127,7 +138,7 @@ class Exchange:
 
     def _check(self, place: str, tags: Tensor, expected: int) -> None:
         right = (tags == (expected + 2**63) % 2**64 - 2**63).all()  # sums of int64 wrap around
-        error = self._elsewhere(place, "another process is at another layer or step")
+        error = self._elsewhere(place, "another process is at another layer or step, or has other sizes")
         if not tags.is_cpu:
             torch._assert_async(right, error)
         elif not right:

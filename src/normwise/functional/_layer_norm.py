@@ -93,7 +93,7 @@ def rms_norm(
     if isinstance(x, Tensor) and x.is_nested:
         return _on_nested(rms_norm, x, normalized_shape, weight, eps)
     if eps is None:
-        eps = _machine_eps(x)
+        eps = machine_eps(x)
     checks.check_last_axes("rms_norm", x, normalized_shape, eps, weight)
     return dispatch.viewable(dispatch.rms_norm(x, normalized_shape, weight, eps))
 
@@ -197,11 +197,11 @@ def fused_add_rms_norm(
     checks.check_last_axes("fused_add_rms_norm", x, normalized_shape, eps or 0.0, weight)
     checks.check_residual("fused_add_rms_norm", x, residual)
     x, residual = _promoted(x, residual)
-    y, h = dispatch.fused_add_rms_norm(x, residual, normalized_shape, weight, _machine_eps(x) if eps is None else eps)
+    y, h = dispatch.fused_add_rms_norm(x, residual, normalized_shape, weight, machine_eps(x) if eps is None else eps)
     return dispatch.viewable(y), h
 
 
-def _machine_eps(x: object) -> float:
+def machine_eps(x: object) -> float:
     """PyTorch's eps for None: float32's, and of float64 its own."""
     wide = isinstance(x, Tensor) and x.dtype == torch.float64
     return torch.finfo(torch.float64 if wide else torch.float32).eps

@@ -93,7 +93,7 @@ def sync_batch_norm(
         )
     checks.check_batch_norm("sync_batch_norm", x, running_mean, running_var, weight, bias, False, eps, mask)
     if training:
-        place = exchange.name_of(process_group, layer), layer, settings(x, eps, momentum, reproducible)
+        place = exchange.name_of(process_group, f"{layer}: training"), layer, settings(x, eps, momentum, reproducible)
         y, mean, var, count = dispatch.sync_batch_norm_training(x, weight, bias, eps, mask, reproducible, place)
         if not torch.compiler.is_compiling():
             checks.check_values_of_all(layer, x, count)

@@ -233,8 +233,8 @@ class Report:
         )
         yield _wrapped(
             f"LayerNorm: {norms} norms of a transformer of 32 layers, data parallel: 0 bytes. sharded LN: its features "
-            f"split over {cost.SHARDS} processes, {self.tokens:,} tokens a step; a gather each way a norm, {cost.ROW} "
-            "bytes a token and process."
+            f"split over {cost.SHARDS} processes, {self.tokens:,} tokens a step; a gather each way a norm, "
+            f"{cost.ROW[0]} + {cost.ROW[1]} bytes a token and process."
         )
         yield _wrapped("Not in the model: computation, waiting for the slowest, contention, gradients of weights.")
 

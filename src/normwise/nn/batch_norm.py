@@ -192,6 +192,6 @@ def _why_not_synchronized(norm: nn.Module) -> str:
 def label(layer: SyncBatchNorm) -> str:
     """A name that tells a layer from its group's others: its place in the order in which they are first called."""
     if layer._number is None:
-        group = exchange.name_of(layer.process_group, "SyncBatchNorm")
+        group = exchange.name_of(layer.process_group, "SyncBatchNorm: training")
         layer._number = next(exchange.of_group(group).numbers)
     return f"SyncBatchNorm {layer._number}" + (f" ({layer.name})" if layer.name else "")

@@ -12,9 +12,11 @@ Its autograd functions join forward and backward; asked for a double backward, t
 from ..kernels import load_cpu_kernels
 from . import batch_norm_parts  # noqa: F401  declares its operators
 from .batch_norm import BatchNormEval, BatchNormReLUEval, BatchNormReLUTraining, BatchNormTraining
+from .exchange import Place
 from .group_norm import GroupNorm
 from .layer_norm import FusedAddLayerNorm, FusedAddRMSNorm, LayerNorm, RMSNorm
-from .sync_batch_norm import Place, SyncBatchNorm, normalize_over_processes
+from .sharded_layer_norm import ShardedLayerNorm, normalize_shard
+from .sync_batch_norm import SyncBatchNorm, normalize_over_processes
 
 __all__ = [
     "BatchNormEval",
@@ -27,8 +29,10 @@ __all__ = [
     "LayerNorm",
     "Place",
     "RMSNorm",
+    "ShardedLayerNorm",
     "SyncBatchNorm",
     "normalize_over_processes",
+    "normalize_shard",
 ]
 
 load_cpu_kernels()

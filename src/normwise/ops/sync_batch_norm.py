@@ -1,4 +1,4 @@
-"""Batch Norm with the statistics of all processes of a group: the operators of a batch in parts, and their exchange."""
+"""Batch Norm with the statistics of all processes of a group: the operators of a batch in parts, joined."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import exchange
-from .common import OPS, Function, declare, select
-
-Place = tuple[str, str, str]
-"""Where processes meet: the name of their group, the layer, and the settings that must be alike."""
+from .common import OPS, Function, select
+from .exchange import Place
 
 collected: dict[str, list[list[Tensor]]] | None = None
 """While someone collects them: dweight and dbias summed over all processes, of each backward of each layer."""
-
-
-def _sum_over_processes(values: Tensor, group: str, layer: str, settings: str, direction: str) -> Tensor:
-    return exchange.of_group(group).sum(values, layer, settings, direction)
-
-
-declare(
-    "sum_over_processes(Tensor values, str group, str layer, str settings, str direction) -> Tensor",
-    _sum_over_processes,
-    lambda values, *args: torch.empty_like(values),
-)
 
 
 def normalize_over_processes(
