@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
+from normwise.nn.batch_norm import labelled
 
 ON_KERNELS = not nw.backends()["cpu"].startswith("reference")
 STEPS = 2
@@ -291,6 +292,22 @@ def test_training_without_a_process_group_is_refused():
     assert torch.equal(local.running_var, plain.running_var)
 
 
+def copies(group: dist.ProcessGroup) -> Any:
+    layer = nw.nn.SyncBatchNorm(3, process_group=group)
+    layers = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(nw.nn.SyncBatchNorm(3)))]
+    layers[2].process_group = group
+    never = labelled(layer)
+    for one in layers:
+        one(torch.randn(4, 3))
+    return never, [labelled(one) for one in layers]
+
+
+def test_every_copy_is_a_layer_of_its_own(processes):
+    for never, names in processes.all(copies, ranks=2):
+        assert never is None
+        assert len(set(names)) == 3
+
+
 # convert
 
 
@@ -328,11 +345,9 @@ def test_convert_refuses_what_would_lose_behaviour_and_changes_nothing():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-def test_a_copy_is_a_layer_of_its_own():
+def test_a_copy_has_its_settings_and_state():
     layer = nw.nn.SyncBatchNorm(3, allow_local=True)
-    layer._number = 7
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other._number is None
         assert other.allow_local
         assert torch.equal(other.weight, layer.weight)
     assert layer.state_dict().keys() == nn.SyncBatchNorm(3).state_dict().keys()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..nn.batch_norm import SyncBatchNorm, label
+from ..nn.batch_norm import labelled
 from ..ops import sync_batch_norm
 
 
@@ -38,8 +38,8 @@ def parameter_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     try:
         yield gradients
         for name, layer in model.named_modules():
-            called = isinstance(layer, SyncBatchNorm) and layer._number is not None
-            for of_all in sync_batch_norm.collected.get(label(layer), []) if called else []:
+            known = labelled(layer)
+            for of_all in sync_batch_norm.collected.get(known, []) if known else []:
                 for key, gradient in zip(("weight", "bias"), of_all, strict=True):
                     if getattr(layer, key) is not None:
                         path = f"{name}.{key}" if name else key

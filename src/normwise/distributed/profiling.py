@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .. import exchange
-from ..nn.batch_norm import SyncBatchNorm, label
+from ..nn.batch_norm import SyncBatchNorm, labelled
 from .replicas import norms_of
 
 SCHEMA, VERSION = "normwise.profile", 1
@@ -171,8 +171,8 @@ def _costs(
             of_label[group, collective.layer].append(collective)
     for name, norm in norms.items():
         meter, mine = meters[name], []
-        if isinstance(norm, SyncBatchNorm) and norm._number is not None and sent:
-            mine = of_label.pop((exchange.name_of(norm.process_group, label(norm)), label(norm)), [])
+        if isinstance(norm, SyncBatchNorm) and (known := labelled(norm)):
+            mine = of_label.pop((exchange.name_of(norm.process_group, known), known), [])
         yield LayerCost(name, type(norm).__name__, meter.calls, meter.forward, meter.backward, *_totals(mine))
     for (_, name), rest in of_label.items():
         yield LayerCost(name, "", 0, 0.0, 0.0, *_totals(rest))

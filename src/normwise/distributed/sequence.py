@@ -72,7 +72,7 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
             "sequence_parallel: the module must hold a LayerNorm or RMSNorm with parameters to train; "
             f"{type(module).__name__} holds none; pass a model that does, before anything is frozen."
         )
-    number = next(exchange.of_group(group).numbers)
+    number = exchange.of_group(group).number(module)
     return SequenceParallel(
         [
             parameter.register_hook(_Sum(group, f"sequence_parallel {number} ({name})", parameter))

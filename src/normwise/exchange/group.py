@@ -85,10 +85,19 @@ class Exchange:
         self._agreed: set[tuple[str, str]] = set()
         self._steps: Counter[tuple[str, str]] = Counter()
         self._lanes: dict[int, Any] = {}
-        self.numbers = itertools.count(1)
-        """For layers, in the order in which they are first called."""
+        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._next = itertools.count(1)
         self.record: list[Collective] | None = None
         """Where collectives are written down, while someone wants to know."""
+
+    def number(self, layer: object) -> int:
+        """The place of a layer in the order in which they first come here, on every process the same."""
+        if layer not in self._numbers:
+            self._numbers[layer] = next(self._next)
+        return self._numbers[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._numbers
 
     def sum(self, values: Tensor, layer: str, settings: str, direction: str) -> Tensor:
         """Add up the int64 ``values`` of all processes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -85,7 +86,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     allow_local = False
     name = ""
     """Where the layer stands in its model, for errors; the conversion sets it."""
-    _number: int | None = None
 
     def __init__(
         self,
@@ -169,8 +169,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             vars(norm).update(process_group=process_group, reproducible=reproducible, name=name)
         return model
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_number"}  # a copy is another layer
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A layer of its own, in the same process group."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = other = type(self).__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
 
 CONVERTIBLE = (
@@ -191,7 +195,13 @@ def _why_not_synchronized(norm: nn.Module) -> str:
 @exchange.constant
 def label(layer: SyncBatchNorm) -> str:
     """A name that tells a layer from its group's others: its place in the order in which they are first called."""
-    if layer._number is None:
-        group = exchange.name_of(layer.process_group, "SyncBatchNorm: training")
-        layer._number = next(exchange.of_group(group).numbers)
-    return f"SyncBatchNorm {layer._number}" + (f" ({layer.name})" if layer.name else "")
+    group = exchange.name_of(layer.process_group, "SyncBatchNorm: training")
+    return f"SyncBatchNorm {exchange.of_group(group).number(layer)}" + (f" ({layer.name})" if layer.name else "")
+
+
+def labelled(layer: nn.Module) -> str | None:
+    """The name of a layer that has been called in training, else None."""
+    if not (isinstance(layer, SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
+        return None
+    group = exchange.of_group(exchange.name_of(layer.process_group, "SyncBatchNorm"))
+    return label(layer) if layer in group else None
