@@ -235,7 +235,8 @@ def in_sharded_data_parallel(group: dist.ProcessGroup, model: nn.Module, x: Tens
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model, mesh=mesh)
     mine = slice(dist.get_rank(), None, dist.get_world_size())
-    nn.functional.cross_entropy(model(x[mine], True), target[mine]).backward()
+    loss = nn.functional.cross_entropy(model(x[mine], True), target[mine], reduction="sum")
+    (loss * dist.get_world_size() / len(x)).backward()  # shards may be of different size
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
