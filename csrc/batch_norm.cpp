@@ -223,7 +223,7 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
                                : reproducible ? local + 2 * kSlots * (c - first)
                                               : nullptr;
         GradientSums all = merged[c - first];
-        if (exact && !exact[kDigits] && !exact[kSlots + kDigits])
+        if (whole || (exact && !exact[kDigits] && !exact[kSlots + kDigits]))  // else what is off the grid makes NaN
           all = {value_of(exact).hi, value_of(exact + kSlots).hi};
         const auto of = statistics<T>(means[c], vars[c], eps);
         const double alpha = of.rstd * at(ws, c, 1), count = whole ? std::max(1.0, whole->count[c]) : here;
