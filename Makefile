@@ -59,7 +59,8 @@ sanitize: $(VENV)/installed-dev
 FUZZ_MINUTES ?= 10
 # More processes than fit a short test, and more random splits
 test-distributed: $(VENV)/installed-dev
-	NORMWISE_PROCESSES="4 7" $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sync_batch_norm.py tests/test_torchrun.py
+	NORMWISE_PROCESSES="4 7" $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sync_batch_norm.py tests/test_torchrun.py \
+	    tests/test_faults.py tests/test_sharded.py tests/test_replicas.py
 
 fuzz: $(VENV)/installed-dev
 	@$(BIN)/python tests/test_fuzz.py $(FUZZ_MINUTES)

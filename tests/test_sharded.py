@@ -348,13 +348,18 @@ def test_another_parameter_is_named(processes):
     assert "(b.weight) with values (3,)" in str(errors[1])
 
 
-def test_a_module_without_norms_is_refused():
+def test_a_module_without_norms_or_with_summed_gradients_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="must hold a LayerNorm or RMSNorm with parameters to train; Linear holds"):
             nw.distributed.sequence_parallel(nn.Linear(2, 2))
         with pytest.raises(ValueError, match="before anything is frozen"):
             nw.distributed.sequence_parallel(nn.LayerNorm(2).requires_grad_(False))
+        handle = nw.distributed.sequence_parallel(norm := nn.LayerNorm(2))
+        with pytest.raises(ValueError, match="must be summed once; that of weight"):
+            nw.distributed.sequence_parallel(norm)
+        handle.remove()
+        nw.distributed.sequence_parallel(norm)
     finally:
         dist.destroy_process_group()
 

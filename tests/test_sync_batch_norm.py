@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
+from normwise import exchange
 from normwise.nn.batch_norm import labelled
 
 ON_KERNELS = not nw.backends()["cpu"].startswith("reference")
@@ -271,6 +272,53 @@ def test_it_compiles_whole(processes):
         assert all(torch.equal(a, b) for a, b in zip(eager, whole, strict=True))
 
 
+def with_a_bad_gradient(group: dist.ProcessGroup, x: Tensor, dy: Tensor) -> Any:
+    mine = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    layer, leaf = layer_of(nw.nn.SyncBatchNorm, x.shape[1], x.dtype, process_group=group), x[mine].requires_grad_()
+    with nw.distributed.parameter_gradients(layer) as gradients:
+        layer(leaf).backward(dy[mine])
+    return leaf.grad, gradients["weight"], gradients["bias"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_spoils_its_channel_on_all_processes_and_no_other(processes, bad):
+    x, dy = cases.draw((6, 3, 4, 5))
+    clean = processes.all(with_a_bad_gradient, x, dy, ranks=2)
+    dy[0, 1, 2, 3] = bad
+    for before, after in zip(clean, processes.all(with_a_bad_gradient, x, dy, ranks=2), strict=True):
+        assert not after[0][:, 1].isfinite().any()
+        assert not after[1][1].isfinite()
+        assert not after[2][1].isfinite()
+        for one, other in (
+            (before[0].transpose(0, 1), after[0].transpose(0, 1)),
+            *zip(before[1:], after[1:], strict=True),
+        ):
+            assert torch.equal(one[[0, 2]], other[[0, 2]])
+
+
+def of_two_lengths(group: dist.ProcessGroup) -> Tensor:
+    layer = nw.nn.SyncBatchNorm(4, process_group=group)
+    for positions in (20, 15 + dist.get_rank(group)):  # 15 are not summed exactly by default, 16 are
+        y = layer(torch.randn(3, 4, positions))
+    return y.isfinite().all()
+
+
+def test_processes_may_have_different_lengths(processes):
+    assert all(processes.all(of_two_lengths, ranks=2))
+
+
+def anew(group: dist.ProcessGroup) -> Tensor:
+    """The store knows where the first exchange listened, as after a group was destroyed and made anew."""
+    for _ in range(2):
+        y = nw.nn.SyncBatchNorm(4, process_group=group)(torch.randn(3, 4))
+        exchange.group._exchanges.clear()
+    return y.isfinite().all()
+
+
+def test_a_store_may_outlive_its_group(processes):
+    assert all(processes.all(anew, ranks=2))
+
+
 def one_value(group: dist.ProcessGroup) -> Any:
     layer = nw.nn.SyncBatchNorm(3, process_group=group)
     return layer(torch.randn(1 if dist.get_rank(group) == 0 else 0, 3))
@@ -333,6 +381,13 @@ def test_convert_changes_the_class_and_nothing_else():
     assert model["c"] is model["a"]
     model.eval()["a"](torch.zeros(2, 4, dtype=torch.bfloat16))
     assert calls == ["hook"]
+
+
+def test_convert_keeps_what_a_synchronized_layer_has():
+    model = nn.Sequential(nw.nn.SyncBatchNorm(3, reproducible=True, allow_local=True))
+    model[0].process_group = group = object()
+    nw.nn.SyncBatchNorm.convert(model)
+    assert (model[0].process_group, model[0].reproducible, model[0].allow_local) == (group, True, True)
 
 
 def test_convert_refuses_what_would_lose_behaviour_and_changes_nothing():

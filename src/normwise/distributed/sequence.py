@@ -44,7 +44,7 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
         A handle, whose ``remove()`` ends it.
 
     Raises:
-        ValueError: If the module has no such norm with parameters to train.
+        ValueError: If the module has no such norm with parameters to train, or one is summed already.
         RuntimeError: Without a process group. In backward, on every process, if another one ended, hung, or has no
             gradient for the parameter.
 
@@ -72,6 +72,12 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
             "sequence_parallel: the module must hold a LayerNorm or RMSNorm with parameters to train; "
             f"{type(module).__name__} holds none; pass a model that does, before anything is frozen."
         )
+    twice = [name for parameter, name in parameters.items() if _summed(parameter)]
+    if twice:
+        raise ValueError(
+            f"sequence_parallel: a gradient must be summed once; that of {twice[0]} is summed already; remove the first "
+            "handle."
+        )
     number = exchange.of_group(group).number(module)
     return SequenceParallel(
         [
@@ -79,6 +85,10 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
             for parameter, name in parameters.items()
         ]
     )
+
+
+def _summed(parameter: Tensor) -> bool:
+    return any(isinstance(hook, _Sum) for hook in (parameter._backward_hooks or {}).values())
 
 
 class _Sum:

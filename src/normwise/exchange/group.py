@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import time
 import weakref
 from collections import Counter
@@ -57,12 +58,17 @@ def name_of(
         otherwise: What to do without one.
 
     Raises:
+        ValueError: If this process does not belong to the group.
         RuntimeError: If there is no process group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{what} needs a process group; torch.distributed is not initialized; start with torchrun and call "
             f"init_process_group, or {otherwise}."
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"{what}: process_group must be one to which this process belongs; got {group!r}; call it on its members."
         )
     return str((group or dist.distributed_c10d._get_default_group()).group_name)
 
@@ -85,6 +91,7 @@ class Exchange:
         self._agreed: set[tuple[str, str]] = set()
         self._steps: Counter[tuple[str, str]] = Counter()
         self._lanes: dict[int, Any] = {}
+        self._token: int | None = None  # a store may outlive its groups, and knows where old ones listened
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next = itertools.count(1)
         self.record: list[Collective] | None = None
@@ -155,7 +162,7 @@ class Exchange:
 
     def _agree(self, layer: str, settings: str, device: torch.device) -> None:
         """Compare name and settings on all processes."""
-        text = f"{layer}: {settings}".encode()
+        text = f"{layer[: HEADER - len(settings) - 2]}: {settings}".encode()
         mine = torch.zeros(HEADER, dtype=torch.uint8)
         mine[: len(text)] = torch.frombuffer(bytearray(text[:HEADER]), dtype=torch.uint8)[:HEADER]
         mine = mine.to(device)
@@ -208,7 +215,11 @@ class Exchange:
         if size not in self._lanes:
             from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo  # builds of torch without it exist
 
-            store = PrefixStore(f"normwise/{size}", dist.distributed_c10d._get_process_group_store(group))
+            if self._token is None:
+                drawn = torch.tensor([int.from_bytes(os.urandom(7), "big")])
+                dist.broadcast(drawn, self._ranks[0], group)
+                self._token = int(drawn)
+            store = PrefixStore(f"normwise/{self._token}/{size}", dist.distributed_c10d._get_process_group_store(group))
             timeout = group._get_backend(device).options._timeout
             self._lanes[size] = ProcessGroupGloo(store, group.rank(), group.size(), timeout)
         return self._lanes[size]

@@ -134,12 +134,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> nn.Module:
         """Turn the Batch Norms of a model, torch's and normwise's, into this class, in place.
 
-        Parameters, buffers, modes, hooks, and every reference to the modules stay as they are.
+        Parameters, buffers, modes, hooks, and every reference to the modules stay as they are. The layer takes any
+        number of axes from (N, C) on: what BatchNorm2d would refuse is not refused.
 
         Args:
             model: Any module; it may be a norm itself.
-            process_group: The processes that share statistics; None for all.
-            reproducible: As for the layer.
+            process_group: The processes that share statistics; None for all, or for those that a layer has already.
+            reproducible: As for the layer; None keeps what a layer has already.
 
         Returns:
             The model.
@@ -166,7 +167,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             )
         for name, norm in found.items():
             norm.__class__ = cls
-            vars(norm).update(process_group=process_group, reproducible=reproducible, name=name)
+            kept = vars(norm)  # a layer that was synchronized keeps what is not given
+            kept["process_group"] = process_group or kept.get("process_group")
+            kept["reproducible"] = kept.get("reproducible") if reproducible is None else reproducible
+            kept["name"] = name
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
