@@ -75,8 +75,8 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
     twice = [name for parameter, name in parameters.items() if _summed(parameter)]
     if twice:
         raise ValueError(
-            f"sequence_parallel: a gradient must be summed once; that of {twice[0]} is summed already; remove the first "
-            "handle."
+            f"sequence_parallel: a gradient must be summed once; that of {twice[0]} is summed already; "
+            "remove the first handle."
         )
     number = exchange.of_group(group).number(module)
     return SequenceParallel(
