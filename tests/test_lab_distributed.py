@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -256,6 +257,13 @@ def test_nothing_measured_is_every_preset(run):
     assert [p["link"]["name"] for p in found["predicted"]] == [link.name for link in cost.PRESETS.values()]
     assert re.fullmatch(r"[\w, -]+", cli.PRESETS)
     assert cli.PRESETS.split(", ") == list(cost.PRESETS)
+
+
+def test_one_figure_alone_changes_the_presets():
+    (link,) = cost.links(["nvlink4"], latency="5us")
+    assert link == dataclasses.replace(cost.PRESETS["nvlink4"], latency=5e-6, latency_source="given")
+    (link,) = cost.links(["nvlink4"], bandwidth="5GB/s")
+    assert link == dataclasses.replace(cost.PRESETS["nvlink4"], bandwidth=5e9, bandwidth_source="given")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..exact_sum import SLOTS
 
@@ -69,21 +69,29 @@ PRESETS = {
 
 
 def links(presets: Sequence[str] = (), latency: str | None = None, bandwidth: str | None = None) -> list[Link]:
-    """The presets of these names, then the link of a latency and a bandwidth.
+    """The presets of these names, then the link of a latency and a bandwidth; one of them alone changes the presets.
 
     Raises:
-        ValueError: If a name is unknown, or a latency comes without a bandwidth.
+        ValueError: If a name is unknown, or one of latency and bandwidth comes alone and there is no preset.
     """
     for name in presets:
         if name not in PRESETS:
             raise ValueError(f"preset: it must be one of {', '.join(PRESETS)}; got {name!r}; choose one of these.")
     found = [PRESETS[name] for name in presets]
-    if (latency is None) != (bandwidth is None):
-        given, missing = ("latency", "bandwidth") if bandwidth is None else ("bandwidth", "latency")
-        raise ValueError(f"{missing}: it must come with {given}; got {given} alone; give both, or a preset.")
     if latency is not None and bandwidth is not None:
         found.append(Link("the given link", seconds(latency), bytes_per_second(bandwidth)))
+    elif latency is not None:
+        _need_presets(found, "latency", "bandwidth")
+        found = [replace(link, latency=seconds(latency), latency_source="given") for link in found]
+    elif bandwidth is not None:
+        _need_presets(found, "bandwidth", "latency")
+        found = [replace(link, bandwidth=bytes_per_second(bandwidth), bandwidth_source="given") for link in found]
     return found
+
+
+def _need_presets(found: list[Link], given: str, missing: str) -> None:
+    if not found:
+        raise ValueError(f"{missing}: it must come with {given}; got {given} alone; give both, or a preset.")
 
 
 def ring_all_reduce(link: Link, processes: int, size: float) -> float:

@@ -146,7 +146,7 @@ class Report:
                     for case in self.cases
                 ],
                 "fitted": _plain(self.fitted),
-                "errors": {name or "fitted": errors for name, errors in self._errors().items()},
+                "errors": {name or "fitted": errors for name, errors in self._errors(self.fitted).items()},
             }
         return json.dumps(found, indent=2)
 
@@ -155,12 +155,11 @@ class Report:
         parts = [*self._measured(), *(part for link in self.links for part in self._predicted(link)), *self._notes()]
         return "\n".join(parts) + "\n"
 
-    def _errors(self) -> dict[str, dict[str, float]]:
+    def _errors(self, fitted: cost.Link) -> dict[str, dict[str, float]]:
         """The median and the largest size of the errors: of the fitted cases and of each kind held out."""
-        assert self.fitted is not None
         found: dict[str, list[float]] = {}
         for case in self.cases:
-            found.setdefault(self.held_out(case), []).append(abs(cost.error(self.fitted, case)))
+            found.setdefault(self.held_out(case), []).append(abs(cost.error(fitted, case)))
         return {name: {"median": statistics.median(sizes), "worst": max(sizes)} for name, sizes in found.items()}
 
     def _measured(self) -> Iterator[str]:
@@ -188,13 +187,13 @@ class Report:
         yield table(["", "processes", "bytes", "time", "+-", "model", "error", "case"], rows)
         yield ""
         yield _wrapped(f"Model: time = {cost.RING}. Fitted: {_figures(fitted)}.")
-        yield from self._verdict()
+        yield from self._verdict(fitted)
         yield ""
 
-    def _verdict(self) -> Iterator[str]:
+    def _verdict(self, fitted: Link) -> Iterator[str]:
         most, cores = max(case.processes for case in self.cases), self.environment["cores"]
         titles = {"": "Fitted cases", "size": "Held out, other sizes", "processes": "Held out, more processes"}
-        errors = self._errors()
+        errors = self._errors(fitted)
         for name in (name for name in titles if name in errors):
             median, worst = errors[name]["median"], errors[name]["worst"]
             yield f"{titles[name]}: the model is off by {median:.0%} in the median, {worst:.0%} at worst."
