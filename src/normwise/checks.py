@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .definitions import parse_axes
 from .reference import Rows
@@ -99,6 +99,20 @@ def check_input(name: str, x: object, min_dim: int = 1) -> Tensor:
         shape = "(N, C, ...)" if min_dim == 2 else f"{min_dim} dimensions or more"
         raise ValueError(f"{name}: x must have {shape}; got shape {_shape(x)}; add the missing axes with unsqueeze.")
     return x
+
+
+def check_module(name: str, model: object) -> nn.Module:
+    """The model is a module.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
+    return model
 
 
 def check_residual(name: str, x: Tensor, residual: object) -> None:

@@ -130,8 +130,7 @@ def sync_batch_norm_training(
     place: ops.Place,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; mean, biased variance and count of all processes."""
-    if transformed():
-        raise RuntimeError(f"{place[1]}: no transform of torch.func crosses processes; one is active; use batch_norm.")
+    refuse_transforms(place[1], "batch_norm")
     exact = exact_sums(x, reproducible)
     if differentiated(x, weight, bias):
         return ops.SyncBatchNorm.apply(x, weight, bias, eps, mask, exact, place)
@@ -265,6 +264,16 @@ def recomputing() -> bool:
 def transformed() -> bool:
     """True under vmap, grad, jvp and their like, and in forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(layer: str, instead: str) -> None:
+    """What is exchanged between processes is outside any transform.
+
+    Raises:
+        RuntimeError: If one is active.
+    """
+    if transformed():
+        raise RuntimeError(f"{layer}: no transform of torch.func crosses processes; one is active; use {instead}.")
 
 
 def differentiated(*tensors: Tensor | None) -> bool:

@@ -115,8 +115,7 @@ def _normalize(
 ) -> Tensor:
     norm = "layer_norm" if centred else "rms_norm"
     checks.check_last_axes(layer, x, x.shape[-1:], eps, weight, bias)
-    if dispatch.transformed():
-        raise RuntimeError(f"{layer}: no transform of torch.func crosses processes; one is active; use {norm}.")
+    dispatch.refuse_transforms(layer, norm)
     group = exchange.name_of(process_group, layer, f"use normwise.functional.{norm} for whole rows")
     place = group, layer, f"{norm}, {str(x.dtype).removeprefix('torch.')}, eps {eps}"
     out_dtype = dispatch.autocast_dtype(x)

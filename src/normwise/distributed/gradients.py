@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ..checks import check_module
 from ..nn.batch_norm import labelled
 from ..ops import sync_batch_norm
 
@@ -26,6 +27,9 @@ def parameter_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         A dict that is filled when the block ends: for each parameter its name in the model, and its gradient. A layer
         that was called more than once has the sum of its gradients.
 
+    Raises:
+        TypeError: If ``model`` is no module.
+
     Example:
         >>> import torch
         >>> with parameter_gradients(nn.Linear(1, 1)) as gradients:
@@ -33,6 +37,7 @@ def parameter_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         >>> gradients
         {}
     """
+    check_module("parameter_gradients", model)
     gradients: dict[str, Tensor] = {}
     before, sync_batch_norm.collected = sync_batch_norm.collected, {}
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .. import exchange
+from ..checks import check_module
 from ..nn.batch_norm import SyncBatchNorm, labelled
 from .replicas import norms_of
 
@@ -135,9 +136,7 @@ def profile(model: nn.Module, process_group: dist.ProcessGroup | None = None) ->
         >>> costs.layers[0].name, costs.layers[0].calls
         ('1', 0)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"profile: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
-    norms = norms_of(model)
+    norms = norms_of(check_module("profile", model))
     meters = {name: _Meter() for name in norms}
     handles = [handle for name, norm in norms.items() for handle in meters[name].attach(norm)]
     exchanges = _exchanges_of(norms.values(), process_group)
@@ -184,7 +183,7 @@ def _totals(collectives: list[exchange.Collective]) -> tuple[int, int, float]:
 
 def _exchanges_of(norms: Iterable[nn.Module], group: dist.ProcessGroup | None) -> dict[str, exchange.Exchange]:
     """The exchanges of a group and of the layers' own groups, by the groups' names."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not exchange.initialized():
         return {}
     groups = {group, *(norm.process_group for norm in norms if isinstance(norm, SyncBatchNorm))}
     return {name: exchange.of_group(name) for name in (exchange.name_of(of, "profile") for of in groups)}

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
+from ..checks import check_module
 from ..exact_sum import carried, exact_sum, two_product
+from ..exchange import few, in_words, initialized
 from ..ops.common import OPS
 
 NORMS = _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm
@@ -54,8 +56,8 @@ def check_replicas(model: nn.Module, process_group: dist.ProcessGroup | None = N
         >>> check_replicas(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
         {}
     """
-    held = _tensors(_module("check_replicas", model))
-    if not _distributed():
+    held = _tensors(check_module("check_replicas", model))
+    if not initialized():
         return {}
     _agree("check_replicas", held, process_group)
     hashes = _gather([_hash_of(held[name]) for name in held], process_group)
@@ -108,9 +110,9 @@ def synchronize_running_stats(
     Example:
         >>> synchronize_running_stats(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     """
-    layers = _with_running_stats(_module("synchronize_running_stats", model))
+    layers = _with_running_stats(check_module("synchronize_running_stats", model))
     known, refusal = _counts(layers, counts)
-    if not _distributed():
+    if not initialized():
         if refusal:
             raise type(refusal)(f"synchronize_running_stats: {refusal}")
         return
@@ -224,7 +226,7 @@ def _agree(what: str, lines: Iterable[str], group: dist.ProcessGroup | None, ref
     for rank, (theirs, _) in zip(ranks, everyone, strict=True):
         found.setdefault(frozenset(theirs), []).append(rank)
     common = frozenset.intersection(*found)
-    where = "; ".join(f"{_named(of)} besides: {_few(sorted(has - common), 3)}" for has, of in [*found.items()][:4])
+    where = "; ".join(f"{in_words(of)} besides: {few(sorted(has - common), 3)}" for has, of in [*found.items()][:4])
     raise ValueError(
         f"{what}: all processes must have the same norms; {len(common)} are the same everywhere, {where}; "
         "build the model alike on all."
@@ -246,37 +248,11 @@ def _who_holds_what(hashes: list[int], ranks: list[int]) -> str:
     for rank, value in zip(ranks, hashes, strict=True):
         found.setdefault(value, []).append(rank)
     first, *others = found.values()
-    parts = [f"{_named(first)} {'hold' if len(first) > 1 else 'holds'} one value"]
-    parts += [f"{_named(same)} another" for same in others[:3]]
+    parts = [f"{in_words(first)} {'hold' if len(first) > 1 else 'holds'} one value"]
+    parts += [f"{in_words(same)} another" for same in others[:3]]
     return ", ".join(parts) + (f", the others {len(others) - 3} more" if len(others) > 3 else "")
-
-
-def _named(ranks: list[int]) -> str:
-    """The ranks with neighbours drawn together: "ranks 0-6, 8"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    texts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
-    return f"rank{'s' if len(ranks) > 1 else ''} {_few(texts, 8)}"
-
-
-def _few(texts: list[str], most: int) -> str:
-    return (", ".join(texts[:most]) or "nothing") + (" and others" if len(texts) > most else "")
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where the group's backend takes its messages."""
     return torch.device(dist.distributed_c10d._get_object_coll_device(group))
-
-
-def _module(what: str, model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what}: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
-    return model

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import exchange
+from ..checks import check_module
 from ..ops.common import OPS
-from ..ops.exchange import in_order
+from ..ops.exchange import in_order, refuse_second_derivative
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 """Norms of single tokens, with normwise's, which subclass them."""
@@ -44,6 +44,7 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
         A handle, whose ``remove()`` ends it.
 
     Raises:
+        TypeError: If ``module`` is no module.
         ValueError: If the module has no such norm with parameters to train, or one is summed already.
         RuntimeError: Without a process group. In backward, on every process, if another one ended, hung, or has no
             gradient for the parameter.
@@ -59,6 +60,7 @@ def sequence_parallel(module: nn.Module, process_group: dist.ProcessGroup | None
         >>> handle.remove()
         >>> dist.destroy_process_group()
     """
+    check_module("sequence_parallel", module)
     group = exchange.name_of(process_group, "sequence_parallel", "leave it out on one process")
     parameters = {
         parameter: f"{name}.{key}" if name else key
@@ -99,9 +101,5 @@ class _Sum:
         self._place = group, layer, f"{tuple(parameter.shape)}, {dtype}", "backward"
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{self._place[1]}: a second derivative across processes is not there; create_graph was set; "
-                "remove the handle."
-            )
+        refuse_second_derivative(self._place[1], "remove the handle")
         return in_order(OPS.gather_over_processes.default(gradient.double(), *self._place)).to(gradient.dtype)

@@ -38,6 +38,11 @@ class Collective(NamedTuple):
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
 
 
+def initialized() -> bool:
+    """Whether there are processes to exchange with."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def constant(function: Function) -> Function:
     """`torch.compiler.assume_constant_result`, which would import the compiler: traced, the function is called once."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -61,7 +66,7 @@ def name_of(
         ValueError: If this process does not belong to the group.
         RuntimeError: If there is no process group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not initialized():
         raise RuntimeError(
             f"{what} needs a process group; torch.distributed is not initialized; start with torchrun and call "
             f"init_process_group, or {otherwise}."
@@ -75,7 +80,7 @@ def name_of(
 
 def of_group(name: str) -> Exchange:
     """The exchange of the group with this name, which lives as long as the group."""
-    group = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    group = _group(name)
     if group not in _exchanges:
         _exchanges[group] = Exchange(group)
     return _exchanges[group]
@@ -87,7 +92,7 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._ranks = dist.get_process_group_ranks(group)
         self.world = len(self._ranks)
-        self._group = weakref.ref(group)
+        self._name = group.group_name
         self._agreed: set[tuple[str, str]] = set()
         self._steps: Counter[tuple[str, str]] = Counter()
         self._lanes: dict[int, Any] = {}
@@ -125,7 +130,7 @@ class Exchange:
         place, tag = self._arrive(values, layer, settings, direction)
         message = self._message(values, tag)
         self._with_others(place, layer, direction, message, lambda lane: lane.allreduce([message]))
-        self._check(place, message[-1:], tag * len(self._ranks))
+        self._check(place, message[-1:], tag * self.world)
         return message[: values.numel()].view_as(values)
 
     def gather(self, values: Tensor, layer: str, settings: str, direction: str) -> list[Tensor]:
@@ -162,18 +167,17 @@ class Exchange:
 
     def _agree(self, layer: str, settings: str, device: torch.device) -> None:
         """Compare name and settings on all processes."""
-        text = f"{layer[: HEADER - len(settings) - 2]}: {settings}".encode()
-        mine = torch.zeros(HEADER, dtype=torch.uint8)
-        mine[: len(text)] = torch.frombuffer(bytearray(text[:HEADER]), dtype=torch.uint8)[:HEADER]
-        mine = mine.to(device)
+        end = b": " + settings.encode()
+        header = (layer.encode()[: max(HEADER - len(end), 0)] + end)[:HEADER]  # a long name gives way
+        mine = torch.frombuffer(bytearray(header.ljust(HEADER, b"\0")), dtype=torch.uint8).to(device)
         gathered = [torch.empty_like(mine) for _ in self._ranks]
         place = f"the first step of {layer}"
         self._with_others(place, layer, "agreement", mine, lambda lane: lane.allgather([gathered], [mine]))
         found: dict[str, list[int]] = {}
-        for rank, header in zip(self._ranks, gathered, strict=True):
-            found.setdefault(bytes(header.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(rank)
+        for rank, theirs in zip(self._ranks, gathered, strict=True):
+            found.setdefault(bytes(theirs.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(rank)
         if len(found) > 1:
-            where = "; ".join(f"rank {_listed(ranks)} at {text}" for text, ranks in found.items())
+            where = "; ".join(f"{in_words(ranks)} at {text}" for text, ranks in found.items())
             raise ValueError(
                 f"{layer}: all processes must run the same layers in the same order with the same settings; {where}; "
                 "build the model and call it alike everywhere."
@@ -193,7 +197,7 @@ class Exchange:
 
     def _elsewhere(self, place: str, what: str) -> str:
         return (
-            f"{place}: all {len(self._ranks)} processes of the group must come here; one ended, hung, or left out a "
+            f"{place}: all {self.world} processes of the group must come here; one ended, hung, or left out a "
             f"layer ({what}); this is rank {dist.get_rank()}, see what the others say."
         )
 
@@ -208,8 +212,7 @@ class Exchange:
 
     def _lane(self, size: int, device: torch.device) -> Any:
         """What adds up and gathers messages of this size."""
-        group = self._group()
-        assert group is not None
+        group = _group(self._name)
         if not self._is_gloo(device):
             return group
         if size not in self._lanes:
@@ -225,8 +228,25 @@ class Exchange:
         return self._lanes[size]
 
     def _is_gloo(self, device: torch.device) -> bool:
-        return dist.get_backend_config(self._group()).find(f"{device.type}:gloo") >= 0
+        return dist.get_backend_config(_group(self._name)).find(f"{device.type}:gloo") >= 0
 
 
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (" and others" if len(ranks) > 8 else "")
+def _group(name: str) -> dist.ProcessGroup:
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def in_words(ranks: list[int]) -> str:
+    """The ranks with neighbours drawn together: "ranks 0-6, 8"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
+    return f"rank{'s' if len(ranks) > 1 else ''} {few(texts, 8)}"
+
+
+def few(texts: list[str], most: int) -> str:
+    """The first ones, and whether there are others."""
+    return (", ".join(texts[:most]) or "nothing") + (" and others" if len(texts) > most else "")

@@ -56,8 +56,8 @@ def sync_batch_norm(
 
     Raises:
         TypeError: As :func:`batch_norm`.
-        ValueError: As :func:`batch_norm`; or if the processes' layers or settings differ, or all together have one
-            value per channel.
+        ValueError: As :func:`batch_norm`; or if the processes' layers or settings differ, this one does not belong to
+            the group, or, not compiled, all together have one value per channel.
         RuntimeError: In training without a process group, under a transform of `torch.func`, or if another process
             ended, hung or left out the call.
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import exchange, functional
+from .. import checks, exchange, functional
+from .refusal import in_lines, why_not
 
 
 def _forward(self: nn.modules.batchnorm._BatchNorm, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -109,7 +110,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """``input`` (N, C, ...), ``mask`` (N) or (N, ...) -> the shape of ``input``."""
-        if not self.training or (self.allow_local and not (dist.is_available() and dist.is_initialized())):
+        if not self.training or (self.allow_local and not exchange.initialized()):
             return _forward(self, input, mask)
         tracked = self.track_running_stats
         return functional.sync_batch_norm(
@@ -153,17 +154,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             >>> type(SyncBatchNorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))[1]).__module__
             'normwise.nn.batch_norm'
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"convert: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself."
-            )
+        checks.check_module("convert", model)
         found = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        refused = {name: why for name, m in found.items() if (why := _why_not_synchronized(m))}
+        refused = {name: why for name, m in found.items() if (why := why_not(m, CONVERTIBLE))}
         if refused:
-            lines = "\n".join(f"  {name or 'the model itself'}: {why}" for name, why in refused.items())
             raise ValueError(
                 f"convert: every Batch Norm must keep its behaviour; {len(refused)} would not; "
-                f"change these or convert the others' modules one by one:\n{lines}"
+                f"change these or convert the others' modules one by one:\n{in_lines(refused)}"
             )
         for name, norm in found.items():
             norm.__class__ = cls
@@ -187,15 +184,6 @@ CONVERTIBLE = (
 )
 
 
-def _why_not_synchronized(norm: nn.Module) -> str:
-    kind = type(norm).__name__
-    if isinstance(norm, nn.modules.batchnorm._LazyNormBase):
-        return f"{kind} is not initialized; run one batch first"
-    if type(norm) not in CONVERTIBLE:
-        return f"{kind} is a subclass and may add behaviour"
-    return "its forward is patched on the instance" if "forward" in vars(norm) else ""
-
-
 @exchange.constant
 def label(layer: SyncBatchNorm) -> str:
     """A name that tells a layer from its group's others: its place in the order in which they are first called."""
@@ -205,7 +193,7 @@ def label(layer: SyncBatchNorm) -> str:
 
 def labelled(layer: nn.Module) -> str | None:
     """The name of a layer that has been called in training, else None."""
-    if not (isinstance(layer, SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
+    if not (isinstance(layer, SyncBatchNorm) and exchange.initialized()):
         return None
     group = exchange.of_group(exchange.name_of(layer.process_group, "SyncBatchNorm"))
     return label(layer) if layer in group else None

@@ -11,9 +11,11 @@ import warnings
 import torch
 from torch import nn
 
+from .. import checks
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layer_norm import LayerNorm, LayerNorm2d, RMSNorm
+from .refusal import in_lines, why_not
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LayerNorm,
@@ -84,19 +86,13 @@ def skipped(model: nn.Module) -> dict[str, str]:
 
 
 def _why_not(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.batchnorm._LazyNormBase):
-        return f"{kind} is not initialized; run one batch first"
     if isinstance(module, nn.SyncBatchNorm):
         return "normwise.nn.SyncBatchNorm.convert takes it"
-    if type(module) not in TWINS:
-        return f"{kind} is a subclass and may add behaviour"
-    return "its forward is patched on the instance" if "forward" in vars(module) else ""
+    return why_not(module, TWINS)
 
 
 def _swap(verb: str, model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb}: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself.")
+    checks.check_module(verb, model)
     swapped = [m for m in model.modules() if type(m) in classes and "forward" not in vars(m)]
     for norm in swapped:
         norm.__class__ = classes[type(norm)]
@@ -105,8 +101,7 @@ def _swap(verb: str, model: nn.Module, classes: dict[type[nn.Module], type[nn.Mo
             _set_fast_path(layer, swapped)
     left = skipped(model) if verb == "replace" else {}
     if left:
-        lines = "\n".join(f"  {name or 'the model itself'}: {why}" for name, why in left.items())
-        warnings.warn(f"replace: {len(left)} norms were left as they are:\n{lines}", stacklevel=3)
+        warnings.warn(f"replace: {len(left)} norms were left as they are:\n{in_lines(left)}", stacklevel=3)
     return model
 
 

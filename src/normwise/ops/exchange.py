@@ -34,6 +34,18 @@ declare(
 )
 
 
+def refuse_second_derivative(layer: str, instead: str) -> None:
+    """Called in backward: what it would exchange has no gradient.
+
+    Raises:
+        RuntimeError: If autograd records this backward.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{layer}: a second derivative across processes is not there; create_graph was set; {instead}."
+        )
+
+
 def in_order(parts: Tensor) -> Tensor:
     """The sum of what was gathered, from the first rank to the last: the same bits on every process."""
     return reduce(torch.add, parts.unbind())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .common import OPS, Function, like, select
-from .exchange import Place, in_order
+from .exchange import Place, in_order, refuse_second_derivative
 
 
 def row_sum(values: Tensor) -> Tensor:
@@ -92,10 +92,7 @@ class ShardedLayerNorm(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mean, rstd, count = ctx.saved_tensors
         bias_dtype, centred, place = ctx.arguments
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{place[1]}: a second derivative across processes is not there; create_graph was set; use layer_norm."
-            )
+        refuse_second_derivative(place[1], "use layer_norm")
         wants_dx, *wanted = ctx.needs_input_grad[:3]
         dx = None
         if wants_dx:

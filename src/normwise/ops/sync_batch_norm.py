@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .common import OPS, Function, select
-from .exchange import Place
+from .exchange import Place, refuse_second_derivative
 
 collected: dict[str, list[list[Tensor]]] | None = None
 """While someone collects them: dweight and dbias summed over all processes, of each backward of each layer."""
@@ -57,10 +56,7 @@ class SyncBatchNorm(Function):
     def backward(ctx: Any, dy: Tensor, *_statistics: Any) -> Any:
         x, weight, mean, var, count, mask = ctx.saved_tensors
         bias_dtype, eps, reproducible, place = ctx.arguments
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{place[1]}: a second derivative across processes is not there; create_graph was set; use batch_norm."
-            )
+        refuse_second_derivative(place[1], "use batch_norm")
         wants_dx, *wanted = ctx.needs_input_grad[:3]
         sums = OPS.batch_norm_gradient_sums.default(dy, x, mean, var, eps, mask, reproducible)
         common = dy, x, mean, var, eps, mask
