@@ -260,7 +260,7 @@ def test_nothing_measured_is_every_preset(run):
 
 
 def test_one_figure_alone_changes_the_presets():
-    (link,) = cost.links(["nvlink4"], latency="5us")
+    (link,) = cost.links(["nvlink4"], latency="5e-6")
     assert link == dataclasses.replace(cost.PRESETS["nvlink4"], latency=5e-6, latency_source="given")
     (link,) = cost.links(["nvlink4"], bandwidth="5GB/s")
     assert link == dataclasses.replace(cost.PRESETS["nvlink4"], bandwidth=5e9, bandwidth_source="given")
