@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -225,29 +224,12 @@ def _write(path: Path, content: str) -> None:
     """Write a file whole or not at all; a device or a pipe is written to as it is."""
     if str(path) == "-":
         raise ValueError("html: it must be the path of a file; got '-'; standard output is for the text and --json.")
-    data = content.encode("utf-8", "replace")
-    target = Path(os.path.realpath(path))
+    from . import files
+
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        files.write(path, content.encode("utf-8", "replace"))
     except OSError as error:
         raise ValueError(f"html: {path} must be writable; {error.strerror}; choose another path.") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _terminal() -> tuple[int, bool]:

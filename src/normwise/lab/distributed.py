@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from . import cost
 from .cost import Case, Link
+from .environment import environment
 from .measure import WORLDS, measure
 
 WIDTH = 80
@@ -61,19 +57,6 @@ def distributed_cost(
         raise ValueError("links: there must be one, or something to measure; got neither; pass a link or worlds.")
     about = environment()
     return Report(about, tuple(measure(worlds, progress=progress)) if worlds else (), tuple(links), tokens)
-
-
-def environment() -> dict[str, Any]:
-    """What measured times depend on besides the code; ``load`` is the processors in use just before, by anyone."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 @dataclasses.dataclass(frozen=True)

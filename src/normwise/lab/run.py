@@ -1,0 +1,64 @@
+"""Running experiments: what has run is kept, what has not is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import plots, results
+from .experiment import Experiment, Plan, Trial
+from .results import Record
+
+Progress = Callable[[Trial, float, float], None]
+"""Called before each trial with the weight that is done and the weight of all."""
+
+
+def run(
+    experiment: Experiment,
+    plan: Plan,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    progress: Progress = lambda trial, done, total: None,
+) -> Record:
+    """Run what has not run yet; each trial's numbers are on disk before the next begins.
+
+    Args:
+        experiment: What to run.
+        plan: Size and first seed.
+        folder: Where the results and plots are.
+        fresh: If True, forget an earlier run first.
+        progress: Told of each trial before it runs.
+
+    Returns:
+        The complete record.
+
+    Raises:
+        ValueError: If the folder holds results of another size, seed or code, or cannot be written.
+    """
+    trials = experiment.trials(plan)
+    record = None if fresh else results.load(folder, experiment.name)
+    code = results.fingerprint()
+    if record is None:
+        record = Record(experiment.name, plan, code, len(trials))
+    elif record.plan != plan or record.code != code:
+        was = f"{record.plan.size}, seeds from {record.plan.seed_base}"
+        now = f"{plan.size}, seeds from {plan.seed_base}" if record.plan != plan else "of other code"
+        raise ValueError(
+            f"run: {results.path_of(folder, experiment.name)} must be of this plan to go on; it is {was}, asked for is "
+            f"{now}; use --fresh to run it anew, or another folder."
+        )
+    total = sum(trial.weight for trial in trials)
+    done = 0.0
+    for trial in trials:
+        if trial.name not in record.trials:
+            progress(trial, done, total)
+            start = time.perf_counter()
+            numbers = trial.run(record.trials)
+            record.trials[trial.name] = numbers
+            record.seconds[trial.name] = round(time.perf_counter() - start, 3)
+            results.save(folder, experiment, record)
+        done += trial.weight
+    plots.draw(experiment, record.trials, folder)
+    return record
