@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help compare test test-distributed sanitize fuzz bench format clean
+.PHONY: help compare test test-distributed sanitize fuzz bench evidence evidence-again format clean
 
 help:
 	@echo "make compare   install into $(VENV), compare Batch Norm and Layer Norm, write compare.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz      try random norms, shapes, types, layouts and values for FUZZ_MINUTES=10"
 	@echo "make test-distributed  try SyncBatchNorm on more processes and more random splits"
 	@echo "make bench     time every norm beside its peers on an idle machine; shorter: BENCH_ARGS=--quick, others: --help"
+	@echo "make evidence  run every experiment anew, an hour, and write docs/evidence.md; evidence-again: with other seeds"
 	@echo "make format    format the code and repair what the linter can"
 	@echo "make clean     remove $(VENV) and everything else that was made"
 
@@ -67,6 +68,18 @@ fuzz: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# A run that was interrupted goes on; a finished one takes the place of what docs/evidence held.
+evidence: $(VENV)/installed-dev
+	$(BIN)/normwise lab run all --results build/evidence
+	@mkdir -p docs/evidence && mv build/evidence/* docs/evidence
+	$(BIN)/python docs/write_evidence.py
+
+evidence-again: $(VENV)/installed-dev
+	$(BIN)/normwise lab run all --seed-base 1000 --results build/evidence-again
+	@mkdir -p docs/evidence/again && mv build/evidence-again/*.json docs/evidence/again
+	@rm -r build/evidence-again
+	$(BIN)/python docs/write_evidence.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i csrc/*

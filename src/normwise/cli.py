@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,105 @@ def distributed(
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(found.to_json() if as_json else _encodable(found.to_text()), nl=as_json)
+
+
+@lab.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_experiments(as_json: bool) -> None:
+    """The experiments, and the claim that each measures."""
+    from .lab.experiments import EXPERIMENTS
+
+    if as_json:
+        found = [{"name": e.name, "aspect": e.aspect, "claim": e.claim} for e in EXPERIMENTS.values()]
+        click.echo(json.dumps(found, indent=2))
+        return
+    width = max(map(len, EXPERIMENTS))
+    for experiment in EXPERIMENTS.values():
+        click.echo(f"{experiment.name:{width}}  {experiment.claim}")
+
+
+RESULTS = click.option(
+    "--results", type=click.Path(path_type=Path), default="lab-results", show_default=True, help="Their folder."
+)
+
+
+@lab.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@RESULTS
+@click.option("--size", default="standard", show_default=True, help="smoke, standard or full.")
+@click.option("--seed-base", type=click.IntRange(0), default=0, show_default=True, help="The first seed.")
+@click.option("--fresh", is_flag=True, help="Forget earlier results first; else what has run is kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def run(names: tuple[str, ...], results: Path, size: str, seed_base: int, fresh: bool, as_json: bool) -> None:
+    """Run experiments by NAME, or all; what an interrupted run has found is kept.
+
+    Each writes NAME.json, with every raw number, and its plot, NAME.svg and NAME.png.
+    """
+    from . import lab as laboratory
+    from .lab import progress, table
+    from .lab.experiments import chosen
+
+    try:
+        experiments, plan = chosen(names), laboratory.plan(size, seed_base)
+        with progress.shown(experiments) as show:
+            for experiment in experiments:
+                laboratory.run(experiment, plan, results, fresh=fresh, progress=partial(show, experiment))
+        rows = table.rows(results, experiments)
+    except (ValueError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    _show(rows, as_json)
+
+
+@lab.command("table")
+@RESULTS
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show_table(results: Path, markdown: bool, as_json: bool) -> None:
+    """What people say of Batch Norm and Layer Norm, with what was measured in each place."""
+    from .lab import table
+
+    rows = _rows(results, ("all",))
+    if markdown:
+        click.echo(table.to_markdown(rows), nl=False)
+    else:
+        _show(rows, as_json)
+
+
+@lab.command()
+@click.argument("name")
+@RESULTS
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(name: str, results: Path, as_json: bool) -> None:
+    """One experiment: its claim, its method, and what its results say."""
+    from .lab import table
+
+    rows = _rows(results, (name,))
+    for row in rows:
+        click.echo(table.to_json([row]) if as_json else _encodable(table.to_text_of(row)), nl=as_json)
+
+
+def _rows(results: Path, names: tuple[str, ...]) -> Any:
+    """The rows of these experiments' results, of which there must be one."""
+    from .lab import table
+    from .lab.experiments import chosen
+
+    try:
+        rows = table.rows(results, chosen(names))
+    except (ValueError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    if not rows:
+        wanted = "them" if names == ("all",) else names[0]
+        raise click.ClickException(
+            f"results: {results} must hold complete ones; it holds none of {wanted}; run normwise lab run {names[0]}."
+        )
+    return rows
+
+
+def _show(rows: Any, as_json: bool) -> None:
+    from .lab import table
+
+    width, color = _terminal()
+    click.echo(table.to_json(rows) if as_json else _encodable(table.to_text(rows, width, color)), nl=as_json)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 from .intervals import Effect
 
@@ -36,6 +36,17 @@ class Plan:
     def seeds(self, smoke: int = 3, standard: int = 10, full: int = 30) -> Sequence[int]:
         """So many different ones; runs whose bases are 1,000 apart share none."""
         return range(self.seed_base, self.seed_base + self.choose(smoke, standard, full))
+
+
+def plan(size: str, seed_base: int = 0) -> Plan:
+    """The plan of this size.
+
+    Raises:
+        ValueError: If the size is unknown.
+    """
+    if size not in get_args(Size):
+        raise ValueError(f"size: it must be one of {', '.join(get_args(Size))}; got {size!r}; choose one of these.")
+    return Plan(cast(Size, size), seed_base)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Experiment:
         aspect: The first column of the table.
         claim: In one sentence, as people say it.
         contrast: What decides.
-        method: How it is measured; its first line is skipped.
+        method: The question, an empty line, and how it is measured.
         trials: Everything to do, in order.
         judge: From the numbers of all trials to what they say.
         plot: Draws them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,11 +48,18 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6))
         FigureCanvasAgg(figure)
+        figure.suptitle(title(experiment, results), x=0.01, horizontalalignment="left", fontsize=10)
         experiment.plot(figure, results)
         for kind, metadata in {"svg": {"Date": None}, "png": {"Software": None}}.items():
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=150, metadata=metadata)
             files.write(folder / f"{experiment.name}.{kind}", data.getvalue())
+
+
+def title(experiment: Experiment, results: Results) -> str:
+    """The claim, and what the numbers make of it."""
+    verdict = experiment.verdict(experiment.judge(results))
+    return "\n".join(textwrap.wrap(f'"{experiment.claim}" {verdict[0].upper()}{verdict[1:]}.', 85))
 
 
 def curve(axes: Axes, xs: Sequence[float], effects: Sequence[Effect], name: str, label: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,21 @@ from .environment import environment
 from .experiment import Experiment, Finding, Numbers, Plan
 
 SCHEMA = 1
+PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib"}
+
+
+def need_packages() -> None:
+    """Experiments need what comes with the extra ``lab``.
+
+    Raises:
+        RuntimeError: If part of it is missing.
+    """
+    missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RuntimeError(
+            f"lab: {', '.join(PACKAGES.values())} must be installed; missing {', '.join(missing)}; "
+            "pip install 'normwise[lab]'."
+        )
 
 
 @dataclass
@@ -52,7 +68,7 @@ def save(folder: Path, experiment: Experiment, record: Record) -> None:
     """Write the file whole or not at all; once complete, with what the numbers say.
 
     Raises:
-        ValueError: If a number is not finite, or the folder cannot be written.
+        ValueError: If the folder cannot be written.
     """
     found: dict[str, Any] = {
         "schema": SCHEMA,

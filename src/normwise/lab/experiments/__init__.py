@@ -1,8 +1,24 @@
 """The experiments, in the order of the table."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from ..experiment import Experiment
 from . import ghost_batch, independence
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (independence, ghost_batch)
 }
+
+
+def chosen(names: Sequence[str]) -> list[Experiment]:
+    """The experiments of these names, in the order of the table; all of them for ``"all"``.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    for name in names:
+        if name not in EXPERIMENTS and name != "all":
+            raise ValueError(f"name: it must be all or one of {', '.join(EXPERIMENTS)}; got {name!r}; choose of these.")
+    return [experiment for name, experiment in EXPERIMENTS.items() if name in names or "all" in names]

@@ -128,7 +128,6 @@ def plot(figure: Figure, results: Results) -> None:
     axes.set_xlabel("examples that share Batch Norm's mean and variance; 64 in each update")
     axes.set_ylabel("digits right, %")
     axes.margins(x=0.2)
-    axes.set_title("Fewer examples a statistic: Batch Norm fails, with the same updates")
 
 
 EXPERIMENT = Experiment(

@@ -127,9 +127,9 @@ def plot(figure: Figure, results: Results) -> None:
     parts = {"layer_norm training": finding.effect, **finding.others}
     names = list(results)
     axes = figure.subplots()
-    plots.bars(axes, names, [parts[name] for name in names], [name.split()[0] for name in names])
+    labels = [plots.NAMES[norm] + ", " + what for norm, what in map(str.split, names)]
+    plots.bars(axes, labels, [parts[name] for name in names], [name.split()[0] for name in names])
     axes.set_xlabel("outputs whose bits change when the neighbours do, %")
-    axes.set_title("Only Batch Norm in training makes an example depend on its neighbours")
 
 
 EXPERIMENT = Experiment(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from . import plots, results
-from .experiment import Experiment, Plan, Trial
+from .experiment import Experiment, Numbers, Plan, Trial
 from .results import Record
 
 Progress = Callable[[Trial, float, float], None]
@@ -36,12 +37,15 @@ def run(
 
     Raises:
         ValueError: If the folder holds results of another size, seed or code, or cannot be written.
+        RuntimeError: If a package of the lab is missing.
     """
+    results.need_packages()
     trials = experiment.trials(plan)
     record = None if fresh else results.load(folder, experiment.name)
     code = results.fingerprint()
     if record is None:
         record = Record(experiment.name, plan, code, len(trials))
+        results.save(folder, experiment, record)  # what cannot be written is told before an hour has passed
     elif record.plan != plan or record.code != code:
         was = f"{record.plan.size}, seeds from {record.plan.seed_base}"
         now = f"{plan.size}, seeds from {plan.seed_base}" if record.plan != plan else "of other code"
@@ -56,9 +60,17 @@ def run(
             progress(trial, done, total)
             start = time.perf_counter()
             numbers = trial.run(record.trials)
-            record.trials[trial.name] = numbers
+            record.trials[trial.name] = _finite(numbers, f"{experiment.name}, {trial.name}")
             record.seconds[trial.name] = round(time.perf_counter() - start, 3)
             results.save(folder, experiment, record)
         done += trial.weight
     plots.draw(experiment, record.trials, folder)
     return record
+
+
+def _finite(numbers: Numbers, place: str) -> Numbers:
+    """What JSON can hold: numbers that are not, or what is no number at all, would be lost or break the file."""
+    try:
+        return json.loads(json.dumps(numbers, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run: {place}: every number must be finite; {error}; store null instead.") from None

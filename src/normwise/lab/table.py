@@ -1,0 +1,149 @@
+"""The evidence: what people say of norms, with what was measured in each place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .experiment import CORRECTED, Experiment, Finding
+from .intervals import Effect, agrees
+from .results import Record
+
+TITLES = ("", "Batch Norm", "Layer Norm", "The claim")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One experiment that has run to its end."""
+
+    experiment: Experiment
+    record: Record
+    finding: Finding
+
+    @property
+    def verdict(self) -> str:
+        """Computed from the numbers now, whatever the file says."""
+        return self.experiment.verdict(self.finding)
+
+    @property
+    def effects(self) -> dict[str, Effect]:
+        """The contrast's and the others, by what they compare."""
+        return {self.experiment.contrast.text: self.finding.effect, **self.finding.others}
+
+    @property
+    def judgement(self) -> str:
+        """The verdict, with the correction if there is one."""
+        found = self.verdict
+        return f"{found}: {self.finding.correction}" if found == CORRECTED else found
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Of the table: what is compared, both norms, and what became of the claim."""
+        claim = f'"{self.experiment.claim}" {self.judgement}'
+        return self.experiment.aspect, self.finding.batch_norm, self.finding.layer_norm, claim
+
+
+def rows(folder: Path, experiments: Sequence[Experiment]) -> list[Row]:
+    """Of the experiments whose results are there and complete.
+
+    Raises:
+        ValueError: If a file is not one of ours.
+        RuntimeError: If a package of the lab is missing.
+    """
+    results.need_packages()
+    records = ((experiment, results.load(folder, experiment.name)) for experiment in experiments)
+    return [Row(e, record, e.judge(record.trials)) for e, record in records if record is not None and record.complete]
+
+
+def to_text(found: Sequence[Row], width: int, color: bool) -> str:
+    """For a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 1, 0), width=width)
+    for title, ratio in zip(TITLES, (2, 3, 3, 4), strict=True):
+        table.add_column(title, ratio=ratio, overflow="fold")
+    for row in found:
+        table.add_row(*row.cells)
+    out = StringIO()
+    Console(file=out, width=width, force_terminal=color, highlight=False, markup=False, emoji=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def to_json(found: Sequence[Row]) -> str:
+    """For programs: each row with its finding, size, seeds and environment."""
+    return json.dumps([_plain(row) for row in found], indent=2)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {
+        "experiment": row.experiment.name,
+        "aspect": row.experiment.aspect,
+        "claim": row.experiment.claim,
+        **results.described(row.experiment, row.finding),
+        "size": row.record.plan.size,
+        "seed_base": row.record.plan.seed_base,
+        "environment": row.record.environment,
+    }
+
+
+def to_markdown(found: Sequence[Row], page: str = "") -> str:
+    """A table whose first column links to the experiments' places in the page."""
+    lines = [f"| {' | '.join(TITLES)} |", "|---|---|---|---|"]
+    for row in found:
+        aspect, *others = map(escaped, row.cells)
+        lines.append(f"| [{aspect}]({page}#{row.experiment.name.replace('_', '-')}) | {' | '.join(others)} |")
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    """For a cell in Markdown."""
+    return re.sub(r"([|*_<\[\]])", r"\\\1", text)
+
+
+def to_text_of(row: Row) -> str:
+    """One experiment in full: claim, contrast, method, what was found."""
+    experiment, plan = row.experiment, row.record.plan
+    contrast = experiment.contrast
+    bound = f"within +-{contrast.smallest:g}" if contrast.equal else f"{contrast.smallest:g} or more"
+    width = max(map(len, row.effects))
+    lines = [
+        f"{experiment.name}: {experiment.aspect}",
+        f'claim     "{experiment.claim}"',
+        f"verdict   {row.judgement}",
+        f"contrast  {contrast.text}",
+        f"          {row.finding.effect}; the claim holds at {bound}",
+        f"size      {plan.size}, seeds from {plan.seed_base}, {sum(row.record.seconds.values()):.0f} s",
+        "",
+        experiment.method.strip(),
+        "",
+        *(f"{name:{width}}  {effect}" for name, effect in row.effects.items()),
+        *(["", *row.finding.sentences] if row.finding.sentences else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def agreement(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
+    """How a second run, with other seeds, compares.
+
+    Returns:
+        ``verdicts``: of each experiment in both, (name, first, second). ``effects``: (name, comparison, first, second,
+        whether they agree).
+    """
+    again = {row.experiment.name: row for row in second}
+    pairs = [(row, again[row.experiment.name]) for row in first if row.experiment.name in again]
+    return {
+        "verdicts": [(a.experiment.name, a.verdict, b.verdict) for a, b in pairs],
+        "effects": [
+            (a.experiment.name, name, effect, b.effects[name], agrees(effect, b.effects[name]))
+            for a, b in pairs
+            for name, effect in a.effects.items()
+            if name in b.effects
+        ],
+    }

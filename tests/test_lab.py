@@ -1,0 +1,316 @@
+"""The lab itself: intervals that cover, verdicts that turn, runs that resume, results that are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from normwise import cli, lab
+from normwise.lab import intervals, results, runner, table
+from normwise.lab.experiment import CORRECTED, FAILS, HOLDS, UNDECIDED, Contrast, Experiment, Finding, Plan, Trial
+from normwise.lab.experiments import EXPERIMENTS, chosen
+from normwise.lab.intervals import Effect, agrees, exact, mean, share
+
+ROOT = Path(__file__).parents[1]
+
+
+def counting(trials: int = 4, seconds: float = 0.0) -> Experiment:
+    """Each trial finds its seed."""
+
+    def run(seed: int) -> dict[str, Any]:
+        time.sleep(seconds)
+        return {"value": seed}
+
+    def judge(found: Any) -> Finding:
+        return Finding(mean([numbers["value"] for numbers in found.values()], "things"), "one", "the other")
+
+    def plot(figure: Any, found: Any) -> None:
+        figure.subplots().plot([numbers["value"] for numbers in found.values()])
+
+    return Experiment(
+        "counting",
+        "Counts",
+        "Seeds are large.",
+        Contrast("the seed", 1.0),
+        "Are they?\n\nThey are counted.",
+        lambda plan: [Trial(str(s), lambda _, s=s: run(s)) for s in plan.seeds(trials, trials, trials)],
+        judge,
+        plot,
+    )
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """1,000 samples of 10: the number covered is binomial with sd 7, so 4 of those either side."""
+    samples = np.random.default_rng(0).normal(3.0, 2.0, (1000, 10))
+    covered = sum((e := mean(list(s))).low <= 3 <= e.high for s in samples)
+    assert 922 <= covered <= 978
+
+
+def test_second_runs_agree_as_often_as_they_say() -> None:
+    samples = np.random.default_rng(1).normal(3.0, 2.0, (1000, 2, 10))
+    assert 922 <= sum(agrees(mean(list(a)), mean(list(b))) for a, b in samples) <= 978
+
+
+def test_a_share_covers_at_least_as_often() -> None:
+    hits = np.random.default_rng(2).binomial(40, 0.05, 500)
+    assert sum((e := share(int(h), 40)).low <= 5 <= e.high for h in hits) >= 475
+    assert (share(40, 40).value, share(40, 40).high) == (100, 100)
+
+
+def test_exact_ones_agree_if_they_are_equal() -> None:
+    assert agrees(exact(3), exact(3))
+    assert not agrees(exact(3), exact(4))
+
+
+@pytest.mark.parametrize(
+    ("effect", "text"),
+    [
+        (Effect(1.23456, 1.1, 1.4, "points"), "1.23 [1.10, 1.40] points"),
+        (Effect(123.456, 100, 150), "123 [100, 150]"),
+        (Effect(0.0001234, 0.0001, 0.0002, "nats"), "0.00012 [0.00010, 0.00020] nats"),
+        (exact(0, "%"), "0 %"),
+        (exact(1e-7), "1e-07"),
+    ],
+    ids=str,
+)
+def test_effects_are_rounded_to_what_the_interval_tells(effect: Effect, text: str) -> None:
+    assert str(effect) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "more", "equal"),
+    [
+        (2.0, 3.0, HOLDS, FAILS),
+        (1.0, 3.0, HOLDS, FAILS),
+        (0.5, 3.0, UNDECIDED, UNDECIDED),
+        (-0.5, 0.5, FAILS, HOLDS),
+        (-3.0, -2.0, FAILS, FAILS),
+        (-3.0, 0.5, FAILS, UNDECIDED),
+        (-3.0, 3.0, UNDECIDED, UNDECIDED),
+    ],
+)
+def test_verdicts(low: float, high: float, more: str, equal: str) -> None:
+    effect = Effect((low + high) / 2, low, high)
+    assert Contrast("", 1.0).verdict(effect) == more
+    assert Contrast("", 1.0, equal=True).verdict(effect) == equal
+
+
+def test_a_correction_needs_a_contrast_that_holds() -> None:
+    experiment = counting()
+    assert experiment.verdict(Finding(exact(2), "", "", correction="but")) == CORRECTED
+    assert experiment.verdict(Finding(exact(0), "", "", correction="but")) == FAILS
+
+
+def test_a_mean_needs_two_seeds_and_a_share_one_try() -> None:
+    with pytest.raises(ValueError, match="needs 2 or more seeds; got 1"):
+        mean([1.0])
+    with pytest.raises(ValueError, match="needs 1 or more tries; got 0"):
+        share(0, 0)
+
+
+def test_quantiles_are_students() -> None:
+    assert intervals.quantile(9) == pytest.approx(2.262157, abs=1e-6)
+    assert intervals.quantile(np.inf) == pytest.approx(1.959964, abs=1e-6)
+
+
+def test_what_ran_is_kept_and_the_rest_runs(tmp_path: Path) -> None:
+    seen: list[str] = []
+    experiment = counting()
+
+    def stop(trial: Trial, done: float, total: float) -> None:
+        seen.append(trial.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(experiment, Plan("smoke"), tmp_path, progress=stop)
+    assert "verdict" not in json.loads((tmp_path / "counting.json").read_text())
+    record = runner.run(experiment, Plan("smoke"), tmp_path, progress=stop)
+    assert seen == ["0", "1", "2", "2", "3"]
+    assert record.trials == {str(seed): {"value": seed} for seed in range(4)}
+    assert (tmp_path / "counting.svg").exists()
+    assert (tmp_path / "counting.png").exists()
+    runner.run(experiment, Plan("smoke"), tmp_path, progress=stop)
+    assert len(seen) == 5
+    runner.run(experiment, Plan("smoke"), tmp_path, fresh=True, progress=stop)
+    assert len(seen) == 9
+
+
+def test_plots_are_the_same_files_for_the_same_numbers(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        runner.run(counting(), Plan("smoke"), tmp_path / folder)
+    for kind in ("svg", "png"):
+        assert (tmp_path / f"a/counting.{kind}").read_bytes() == (tmp_path / f"b/counting.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize("plan", [Plan("standard"), Plan("smoke", 7)], ids=str)
+def test_another_plan_is_refused(tmp_path: Path, plan: Plan) -> None:
+    runner.run(counting(), Plan("smoke"), tmp_path)
+    before = (tmp_path / "counting.json").read_bytes()
+    with pytest.raises(ValueError, match=r"it is smoke, seeds from 0, asked for is .*; use --fresh"):
+        runner.run(counting(), plan, tmp_path)
+    assert (tmp_path / "counting.json").read_bytes() == before
+
+
+def test_results_of_other_code_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner.run(counting(), Plan("smoke"), tmp_path)
+    monkeypatch.setattr(results, "fingerprint", lambda: "other")
+    with pytest.raises(ValueError, match="of other code; use --fresh"):
+        runner.run(counting(), Plan("smoke"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema": 99}', '{"schema": 1, "experiment": "counting"}', "\x80"], ids=repr
+)
+def test_a_file_that_is_not_ours_is_told_and_kept(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "counting.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"must be a result file of schema 1; .*; delete it"):
+        runner.run(counting(), Plan("smoke"), tmp_path)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    broken = dataclasses.replace(counting(), trials=lambda plan: [Trial("a", lambda _: {"value": float("nan")})])
+    with pytest.raises(ValueError, match="counting, a: every number must be finite"):
+        runner.run(broken, Plan("smoke"), tmp_path)
+    record = results.load(tmp_path, "counting")
+    assert record is not None
+    assert record.trials == {}
+
+
+def test_a_missing_package_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(results.PACKAGES, "no_such_module", "no-such-package")
+    with pytest.raises(RuntimeError, match=r"missing no-such-package; pip install 'normwise\[lab\]'"):
+        runner.run(counting(), Plan("smoke"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="must be "):
+        runner.run(counting(), Plan("smoke"), tmp_path / "file")
+
+
+KILLED = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_lab import counting
+from normwise.lab import runner, Plan
+runner.run(counting(40, 0.05), Plan("smoke"), Path({folder!r}),
+           progress=lambda trial, done, total: print(trial.name, flush=True))
+"""
+
+
+def test_killed_at_any_moment_no_finished_seed_is_lost(tmp_path: Path) -> None:
+    code = KILLED.format(tests=str(ROOT / "tests"), folder=str(tmp_path))
+    begun: list[int] = []
+    for lines in (1, 3, 9, 100):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _, line in zip(range(lines), process.stdout, strict=False):
+                begun.append(int(line))
+            process.send_signal(signal.SIGKILL)
+    record = results.load(tmp_path, "counting")
+    assert record is not None
+    assert len(begun) >= 13
+    # What was begun when the process was killed is begun again, and nothing else.
+    assert all(b - a in (0, 1) for a, b in itertools.pairwise(begun))
+    assert list(record.trials) == [str(seed) for seed in range(len(record.trials))]
+
+
+def run_cli(
+    *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["normwise", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    found = capsys.readouterr()
+    return int(stop.value.code or 0), found.out, found.err
+
+
+@pytest.fixture
+def only_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    monkeypatch.setitem(EXPERIMENTS, "counting", counting())
+
+
+@pytest.mark.usefixtures("only_counting")
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return run_cli(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+    folder = str(tmp_path / "found")
+    code, out, err = run("lab", "run", "all", "--size", "smoke", "--results", folder)
+    assert (code, err.count("\n")) == (0, 4)
+    assert "counting (1 of 1): 3, 75% done" in err
+    assert "Seeds are large." in out
+    code, out, _ = run("lab", "table", "--json", "--results", folder)
+    assert (code, json.loads(out)[0]["verdict"]) == (0, UNDECIDED)
+    code, out, _ = run("lab", "table", "--markdown", "--results", folder)
+    assert "| [Counts](#counting) | one | the other |" in out
+    code, out, _ = run("lab", "show", "counting", "--results", folder)
+    assert "1.5 [-0.6, 3.6] things; the claim holds at 1 or more" in out
+    assert run("lab", "list")[1] == "counting  Seeds are large.\n"
+    assert json.loads(run("lab", "list", "--json")[1])[0]["name"] == "counting"
+
+
+@pytest.mark.usefixtures("only_counting")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nothing"], "name: it must be all or one of counting; got 'nothing'"),
+        (["run"], "Missing argument 'NAME...'"),
+        (["run", "all", "--size", "huge"], "size: it must be one of smoke, standard, full; got 'huge'"),
+        (["run", "all", "--seed-base", "-1"], "'--seed-base'"),
+        (["show", "counting"], "it holds none of counting; run normwise lab run counting"),
+        (["table"], "it holds none of them; run normwise lab run all"),
+    ],
+    ids=str,
+)
+def test_what_the_command_line_refuses(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_cli("lab", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_agreement_of_two_runs(tmp_path: Path) -> None:
+    experiment = counting()
+    for name, plan in {"first": Plan("smoke"), "second": Plan("smoke", 1), "third": Plan("smoke", 50)}.items():
+        runner.run(experiment, plan, tmp_path / name)
+    first, second, third = (table.rows(tmp_path / name, [experiment]) for name in ("first", "second", "third"))
+    assert table.agreement(first, second)["effects"][0][-1]
+    found = table.agreement(first, third)
+    assert not found["effects"][0][-1]
+    assert found["verdicts"] == [("counting", UNDECIDED, HOLDS)]
+
+
+def test_names_are_file_names_and_all_is_none_of_them() -> None:
+    assert all(name.isidentifier() and name != "all" for name in EXPERIMENTS)
+    assert chosen(["all"]) == list(EXPERIMENTS.values())
+
+
+@pytest.mark.parametrize("size", ["smoke", "standard", "full"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_trials_have_names_of_their_own_and_seeds_of_their_own(name: str, size: str) -> None:
+    trials = EXPERIMENTS[name].trials(lab.plan(size))
+    assert len({trial.name for trial in trials}) == len(trials)
