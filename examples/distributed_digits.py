@@ -87,11 +87,17 @@ def main() -> None:
         dist.barrier()
 
     norm = build()[1] if arguments.norm == "local" else nw.nn.SyncBatchNorm.convert(build())[1]
-    x = torch.randn(96, 8, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    norm(x[rank::world])
+    x, dy = torch.randn(2, 96, 8, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x.requires_grad_()
+    y = torch.zeros_like(dy)
+    mine = norm(x[rank::world])
+    mine.backward(dy[rank::world])
+    y[rank::world] = mine.detach()
+    for part in (y, x.grad):  # each process has its examples' and zeros
+        dist.all_reduce(part)
     if rank == 0:
-        print(f"{world} processes, {arguments.norm}; one norm on the same input: running statistics", end=" ")
-        print(fingerprint([norm.running_mean, norm.running_var]))
+        print(f"{world} processes, {arguments.norm}; one norm on the same input: y, dx and running statistics", end=" ")
+        print(fingerprint([y, x.grad, norm.running_mean, norm.running_var]))
     dist.destroy_process_group()
 
 

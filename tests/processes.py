@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,6 +79,7 @@ class Processes:
 
 def _serve(pipe: Connection, rank: int, world: int, store: str, timeout: float) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # what torch has deprecated
     faulthandler.dump_traceback_later(LIMIT - 5)
     limit = datetime.timedelta(seconds=timeout)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)

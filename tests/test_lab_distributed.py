@@ -206,6 +206,7 @@ def test_json():
     found = json.loads(report(noise=0.1).to_json())
     assert found["environment"].keys() >= {"torch", "cores", "date"}
     assert found["sync_batch_norm"]["forward_bytes"] == 26560 * cost.FORWARD
+    assert found["layer_norm"]["sharded_bytes_of_a_process"] == 65 * (24 + 16) * found["layer_norm"]["tokens"]
     assert len(found["measured"]["cases"]) == 27
     assert found["measured"]["errors"].keys() == {"fitted", "size", "processes"}
     assert found["measured"]["fitted"] == found["predicted"][0]["link"]
@@ -273,6 +274,8 @@ def test_one_figure_alone_changes_the_presets():
         (["--latency", "5us"], "bandwidth: it must come with latency"),
         (["--bandwidth", "5GB/s"], "latency: it must come with bandwidth"),
         (["--latency", "5 miles", "--bandwidth", "5GB/s"], "latency: it must be a positive number"),
+        (["--no-measure", "--processes", "2"], "processes: they are to be measured; got --no-measure too"),
+        (["--processes", ""], "processes: it must be whole numbers with commas; got ''"),
         (["--processes", "two"], "processes: it must be whole numbers with commas; got 'two'"),
         (["--processes", "1,2"], "processes: each number must be from 2 to 64; got 1, 2"),
         (["--preset", "nvlink4", "--tokens", "0"], "tokens: there must be 1 or more; got 0"),

@@ -642,8 +642,9 @@ def test_missing_file(tmp_path):
 
 def test_directory(tmp_path):
     (tmp_path / "a.csv").mkdir()
-    for source in (tmp_path, tmp_path / "a.csv", "/", ".", "", ".."):
+    for source in (tmp_path, tmp_path / "a.csv", "/", ".", ".."):
         refused("is a directory", source=source)
+    refused("it is empty; leave it out", source="")
 
 
 def test_permission(tmp_path, monkeypatch):

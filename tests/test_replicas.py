@@ -77,6 +77,7 @@ def differences(group: dist.ProcessGroup, change: str, ranks: list[int]) -> dict
 
 
 ONE_OTHER = "ranks 0, 2 hold one value, rank 1 another"
+OTHER_KIND = "ranks 0, 2 hold one type or shape, rank 1 another"
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,9 @@ ONE_OTHER = "ranks 0, 2 hold one value, rank 1 another"
         ("nan", [2], {"3.bias": "ranks 0, 1 hold one value, rank 2 another"}),
         ("other nan", [0, 1, 2], {"3.bias": "rank 0 holds one value, rank 1 another, rank 2 another"}),
         ("zero", [1], {"4.bias": ONE_OTHER}),
-        ("dtype", [1], {"5.weight": ONE_OTHER}),
-        ("dtype of zeros", [0, 1, 2], {"3.bias": ONE_OTHER}),
-        ("shape", [1], {"5.weight": ONE_OTHER}),
+        ("dtype", [1], {"5.weight": OTHER_KIND}),
+        ("dtype of zeros", [0, 1, 2], {"3.bias": OTHER_KIND}),
+        ("shape", [1], {"5.weight": OTHER_KIND}),
         ("weight", [1, 2], {"6.0.weight": "rank 0 holds one value, ranks 1, 2 another"}),
     ],
     ids=str,
@@ -137,9 +138,10 @@ def test_many_ranks_are_told_in_few_words():
     from normwise.distributed.replicas import _who_holds_what
 
     ranks = list(range(1024))
-    assert _who_holds_what([int(r == 7) for r in ranks], ranks) == "ranks 0-6, 8-1023 hold one value, rank 7 another"
-    assert _who_holds_what(ranks, ranks).endswith("rank 3 another, the others 1020 more")
-    assert len(_who_holds_what([r % 2 for r in ranks], ranks)) < 120
+    one_other = _who_holds_what("value", [int(r == 7) for r in ranks], ranks)
+    assert one_other == "ranks 0-6, 8-1023 hold one value, rank 7 another"
+    assert _who_holds_what("value", ranks, ranks).endswith("rank 3 another, the others 1020 more")
+    assert len(_who_holds_what("value", [r % 2 for r in ranks], ranks)) < 120
 
 
 # synchronize_running_stats
@@ -307,7 +309,7 @@ def collectives(group: dist.ProcessGroup) -> dict[str, int]:
 
 
 def test_the_whole_model_takes_one_sum(processes):
-    assert processes.all(collectives, ranks=3) == [{"all_gather_into_tensor": 1, "all_reduce": 1}] * 3
+    assert processes.all(collectives, ranks=3) == [{"all_gather": 1, "all_reduce": 1}] * 3
 
 
 def refused(group: dist.ProcessGroup, stats: list[Any], counts: list[Any]) -> Any:

@@ -143,12 +143,14 @@ def distributed(
     from .lab import cost, distributed_cost
 
     try:
+        if processes is not None and measure is False:
+            raise ValueError("processes: they are to be measured; got --no-measure too; drop one of both.")
         links = cost.links(presets, latency, bandwidth)
         if measure is None:
             measure = processes is not None or not links
         found = distributed_cost(
             links or ([] if measure else list(cost.PRESETS.values())),
-            worlds=_integers("processes", processes or "2,4,8", "2,4") if measure else (),
+            worlds=_integers("processes", "2,4,8" if processes is None else processes, "2,4") if measure else (),
             tokens=tokens,
             progress=lambda text: click.echo(f"{text} ...", err=True),
         )

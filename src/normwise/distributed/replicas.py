@@ -60,13 +60,14 @@ def check_replicas(model: nn.Module, process_group: dist.ProcessGroup | None = N
     if not initialized():
         return {}
     _agree("check_replicas", held, process_group)
-    hashes = _gather([_hash_of(held[name]) for name in held], process_group)
-    differing = (hashes != hashes[0]).any(0)
+    kinds, values = (
+        _gather([hashed(tensor) for tensor in held.values()], process_group).T.tolist() for hashed in (_kind, _value)
+    )
     ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
     return {
-        name: _who_holds_what(hashes[:, i].tolist(), ranks)
-        for i, (name, differs) in enumerate(zip(held, differing.tolist(), strict=True))
-        if differs
+        name: _who_holds_what(*("type or shape", kind) if len({*kind}) > 1 else ("value", value), ranks)
+        for name, kind, value in zip(held, kinds, values, strict=True)
+        if len({*kind}) > 1 or len({*value}) > 1
     }
 
 
@@ -194,13 +195,18 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(sorted(found.items()))
 
 
-def _hash_of(tensor: Tensor) -> int:
+def _kind(tensor: Tensor) -> int:
+    """A hash of type and shape."""
+    text = "lazy" if is_lazy(tensor) else f"{tensor.dtype} {tuple(tensor.shape)}"
+    return _leading_bits(hashlib.sha256(text.encode()).digest())
+
+
+def _value(tensor: Tensor) -> int:
+    """A hash of the bytes."""
     if is_lazy(tensor):
         return 0
-    values = tensor.detach().cpu().contiguous()
-    found = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
-    found.update(values.flatten().view(torch.uint8).numpy().data)
-    return _leading_bits(found.digest())
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return _leading_bits(hashlib.sha256(values.numpy().data).digest())
 
 
 def _leading_bits(digest: bytes) -> int:
@@ -236,19 +242,19 @@ def _agree(what: str, lines: Iterable[str], group: dist.ProcessGroup | None, ref
 def _gather(values: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """The integers of all processes, (processes, values)."""
     mine = torch.tensor(values, dtype=torch.int64, device=_device(group))
-    found = mine.new_empty(dist.get_world_size(group) * len(values))
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     if values:
-        dist.all_gather_into_tensor(found, mine, group=group)
-    return found.view(dist.get_world_size(group), len(values)).cpu()
+        dist.all_gather(found, mine, group=group)
+    return torch.stack(found).cpu()
 
 
-def _who_holds_what(hashes: list[int], ranks: list[int]) -> str:
+def _who_holds_what(what: str, hashes: list[int], ranks: list[int]) -> str:
     """As in "ranks 0, 2 hold one value, rank 1 another"."""
     found: dict[int, list[int]] = {}
     for rank, value in zip(ranks, hashes, strict=True):
         found.setdefault(value, []).append(rank)
     first, *others = found.values()
-    parts = [f"{in_words(first)} {'hold' if len(first) > 1 else 'holds'} one value"]
+    parts = [f"{in_words(first)} {'hold' if len(first) > 1 else 'holds'} one {what}"]
     parts += [f"{in_words(same)} another" for same in others[:3]]
     return ", ".join(parts) + (f", the others {len(others) - 3} more" if len(others) > 3 else "")
 

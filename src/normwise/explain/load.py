@@ -156,6 +156,8 @@ def _read(source: str | None, preset: str | None, stdin: TextIO | BinaryIO | Non
         return rows
     if preset is not None:
         raise Refusal(f"must be a source or a preset; got both, {brief(source)} and {brief(preset)}; drop one")
+    if not source:
+        raise Refusal("must be a file, '-', digits or [[1, 2], [3, 4]]; it is empty; leave it out for the worked batch")
     if source.strip().startswith("["):
         reading.name = "literal"
         return decode(source.encode(), ".json", reading)
@@ -251,7 +253,8 @@ def _as_tensor(raw: object, reading: Reading) -> Tensor:
 def _narrowed(array: np.ndarray[Any, Any], reading: Reading) -> np.ndarray[Any, Any]:
     """The array as torch takes it: native byte order, writable, no wider than float64."""
     if array.dtype.kind not in "iuf":
-        raise Refusal(f"must hold real numbers; it holds {brief(str(array.dtype))}; convert it with astype(float)")
+        advice = "take a part of it or its magnitude" if array.dtype.kind == "c" else "save it as numbers"
+        raise Refusal(f"must hold real numbers; it holds {brief(str(array.dtype))}; {advice}")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         with np.errstate(over="ignore"):
             given, array = array, array.astype(np.float64)

@@ -110,7 +110,7 @@ class Report:
                 "bytes": 0,
                 "sharded_over": cost.SHARDS,
                 "tokens": self.tokens,
-                "sharded_bytes_of_a_process": 2 * cost.transformer_norms() * cost.ROW * self.tokens,
+                "sharded_bytes_of_a_process": cost.transformer_norms() * sum(cost.ROW) * self.tokens,
             },
             "measured": None,
             "predicted": [
