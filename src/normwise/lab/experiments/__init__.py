@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..experiment import Experiment
-from . import ghost_batch, independence
+from . import batch_noise, ghost_batch, independence, intuition, numerics, one_at_a_time
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (independence, ghost_batch)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (intuition, independence, one_at_a_time, batch_noise, ghost_batch, numerics)
 }
 
 
