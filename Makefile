@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help compare test test-distributed sanitize fuzz bench evidence evidence-again format clean
+.PHONY: help compare test test-distributed test-instruction-sets sanitize fuzz bench evidence evidence-again format clean
 
 help:
 	@echo "make compare   install into $(VENV), compare Batch Norm and Layer Norm, write compare.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize  run the tests of the kernels with every access and operation checked; NORMWISE_CPU names others"
 	@echo "make fuzz      try random norms, shapes, types, layouts and values for FUZZ_MINUTES=10"
 	@echo "make test-distributed  try SyncBatchNorm on more processes and more random splits"
+	@echo "make test-instruction-sets  run the tests of the kernels on the older instruction sets, all of them"
 	@echo "make bench     time every norm beside its peers on an idle machine; shorter: BENCH_ARGS=--quick, others: --help"
 	@echo "make evidence  run every experiment anew, an hour, and write docs/evidence.md; evidence-again: with other seeds"
 	@echo "make format    format the code and repair what the linter can"
@@ -62,6 +63,13 @@ FUZZ_MINUTES ?= 10
 test-distributed: $(VENV)/installed-dev
 	NORMWISE_PROCESSES="4 7" $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sync_batch_norm.py tests/test_torchrun.py \
 	    tests/test_faults.py tests/test_sharded.py tests/test_replicas.py
+
+# `make test` runs a third of these on each
+test-instruction-sets: $(VENV)/installed-dev
+	@for cpu in $$($(BIN)/python -c 'from normwise.kernels import usable; print(*usable()[1:])'); do \
+	    echo "== $$cpu"; NORMWISE_CPU=$$cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS) \
+	        tests/test_contract.py tests/test_kernels.py || exit 1; \
+	done
 
 fuzz: $(VENV)/installed-dev
 	@$(BIN)/python tests/test_fuzz.py $(FUZZ_MINUTES)

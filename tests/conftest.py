@@ -11,6 +11,17 @@ import torch
 torch.manual_seed(0)  # for what is drawn while tests are collected
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="run one of so many tests, in equal steps")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step = config.getoption("--every")
+    if step > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step])
+        items[:] = items[::step]
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """The same numbers for a test whatever else runs, and others for each test."""

@@ -192,7 +192,7 @@ def plot(figure: Figure, results: Results) -> None:
 EXPERIMENT = Experiment(
     name="numerics",
     aspect="Right numbers",
-    claim="Normalization keeps activations in range, however far they drift.",
+    claim="A norm computes the right numbers, however far the activations drift.",
     contrast=Contrast(
         "right digits of y in float32, worst norm and layout, mean/std up to 1e6; 6.7 is an error of 2e-7", ENOUGH
     ),
