@@ -164,9 +164,18 @@ def test_another_plan_is_refused(tmp_path: Path, plan: Plan) -> None:
 
 def test_results_of_other_code_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner.run(counting(), Plan("smoke"), tmp_path)
-    monkeypatch.setattr(results, "fingerprint", lambda: "other")
+    monkeypatch.setattr(results, "fingerprint", lambda experiment: "other")
     with pytest.raises(ValueError, match="of other code; use --fresh"):
         runner.run(counting(), Plan("smoke"), tmp_path)
+
+
+def test_the_fingerprint_is_of_what_an_experiment_uses() -> None:
+    found: dict[str, bytes] = {}
+    results._collect(EXPERIMENTS["ghost_batch"].trials.__module__, found)
+    assert {name.removeprefix("normwise.lab.") for name in found} >= {"experiments.ghost_batch", "replicates"}
+    assert not any("plots" in name or "independence" in name for name in found)
+    codes = {name: results.fingerprint(experiment) for name, experiment in EXPERIMENTS.items()}
+    assert len({*codes.values()}) == len(codes)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .environment import environment
 from .experiment import Experiment, Finding, Numbers, Plan
 
 SCHEMA = 1
+LAB = __name__.rpartition(".")[0]
 PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib"}
 
 
@@ -130,7 +132,20 @@ def load(folder: Path, name: str) -> Record | None:
         ) from None
 
 
-def fingerprint() -> str:
-    """Of the lab's code: trials of other code are not mixed."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+def fingerprint(experiment: Experiment) -> str:
+    """Of the code that makes an experiment's numbers: trials of other code are not mixed with its own.
+
+    It is of the experiment's module and of those of the lab that it uses, plots apart.
+    """
+    found: dict[str, bytes] = {}
+    _collect(experiment.trials.__module__, found)
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def _collect(name: str, found: dict[str, bytes]) -> None:
+    module = sys.modules[name]
+    found[name] = Path(module.__file__ or "").read_bytes()
+    for value in vars(module).values():
+        used = getattr(value, "__module__", None)
+        if isinstance(used, str) and used.startswith(LAB) and used not in found and used != f"{LAB}.plots":
+            _collect(used, found)

@@ -42,7 +42,7 @@ def run(
     results.need_packages()
     trials = experiment.trials(plan)
     record = None if fresh else results.load(folder, experiment.name)
-    code = results.fingerprint()
+    code = results.fingerprint(experiment)
     if record is None:
         record = Record(experiment.name, plan, code, len(trials))
         results.save(folder, experiment, record)  # what cannot be written is told before an hour has passed
