@@ -24,10 +24,21 @@ HOLDS, CORRECTED, FAILS, UNDECIDED = "holds", "holds corrected", "does not hold"
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to do: a smoke test, what the evidence is made of, or more of it; and from which seed on."""
+    """How much to do: a smoke test, what the evidence is made of, or more of it; from which seed on; on which images.
+
+    Args:
+        size: How much.
+        seed_base: The first seed.
+        data: The folder whose images are used in the place of the digits, where an experiment can; see `data.images`.
+    """
 
     size: Size = "standard"
     seed_base: int = 0
+    data: str | None = None
+
+    def __str__(self) -> str:
+        """Size, seeds and data."""
+        return f"{self.size}, seeds from {self.seed_base}" + (f", data of {self.data}" if self.data else "")
 
     def choose(self, smoke: T, standard: T, full: T) -> T:
         """The one for this size."""
@@ -38,7 +49,7 @@ class Plan:
         return range(self.seed_base, self.seed_base + self.choose(smoke, standard, full))
 
 
-def plan(size: str, seed_base: int = 0) -> Plan:
+def plan(size: str, seed_base: int = 0, data: str | None = None) -> Plan:
     """The plan of this size.
 
     Raises:
@@ -46,7 +57,7 @@ def plan(size: str, seed_base: int = 0) -> Plan:
     """
     if size not in get_args(Size):
         raise ValueError(f"size: it must be one of {', '.join(get_args(Size))}; got {size!r}; choose one of these.")
-    return Plan(cast(Size, size), seed_base)
+    return Plan(cast(Size, size), seed_base, data)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .intervals import Effect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = {
     "batch_norm": "#0072B2",
@@ -76,6 +77,13 @@ def curve(axes: Axes, xs: Sequence[float], effects: Sequence[Effect], name: str,
         color=color,
         va="center",
     )
+
+
+def below(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """The names of the curves of several panels, under them: one of the panels' curves, in this order."""
+    handles: list[Any] = list(axes.containers)
+    labels, colors = [NAMES.get(name, name) for name in names], [COLORS[name] for name in names]
+    figure.legend(handles, labels, labelcolor=colors, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 def bars(axes: Axes, labels: Sequence[str], effects: Sequence[Effect], colors: Sequence[str]) -> None:

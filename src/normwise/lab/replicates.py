@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,50 +19,13 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..nn import BatchNorm1d, BatchNorm2d, GroupNorm
+from .data import FOLDS as FOLDS
+from .data import Data, Split
+from .data import digits as digits
 
-FOLDS = 5
 NORMS = ("none", "layer_norm", "batch_norm")
 GRID = tuple(10 ** (k / 2) for k in range(-6, 3))
 """Learning rates: half decades from 0.001 to 10."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images of all classes; digits are (1797, 64) in 0..1."""
-
-    x: Tensor
-    y: Tensor
-
-    @property
-    def classes(self) -> int:
-        """How many labels there are."""
-        return int(self.y.max()) + 1
-
-
-def digits() -> Data:
-    """scikit-learn's 1,797 images of 8 x 8, which come with it."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
-    x, y = load_digits(return_X_y=True)
-    return Data(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices of a replicate's examples; over the folds of a seed each example is tested once."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-
-    @staticmethod
-    def of(examples: int, seed: int, fold: int) -> Split:
-        """A fifth to test, the next to validate, the rest, of the same size in all folds, to train."""
-        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
-        ends = [examples * k // FOLDS for k in range(FOLDS + 1)]
-        parts = [order[a:b] for a, b in itertools.pairwise(ends)]
-        test, validation, *rest = parts[fold:] + parts[:fold]
-        return Split(torch.cat(rest)[: examples * (FOLDS - 2) // FOLDS - 1], validation, test)
 
 
 class Linear(nn.Module):
@@ -82,13 +46,14 @@ class Linear(nn.Module):
 class Conv(nn.Module):
     """3 x 3, (N, R I, H, W) -> (N, R O, H, W), each replicate with its own weight, (R, O, I, 3, 3)."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, stride: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, R I, H, W) -> (N, R O, H, W)."""
-        return F.conv2d(x, self.weight.flatten(0, 1), padding=1, groups=len(self.weight))
+        """(N, R I, H, W) -> (N, R O, H, W), or less high and wide by the stride."""
+        return F.conv2d(x, self.weight.flatten(0, 1), stride=self.stride, padding=1, groups=len(self.weight))
 
 
 class GhostBatchNorm(BatchNorm1d):
@@ -119,7 +84,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, R C) -> (N, R C)."""
-        xhat = functional.normalize(x.view(len(x), *self.weight.shape), "n r c -> n r")
+        xhat = functional.layer_norm(x.view(len(x), *self.weight.shape), self.weight.shape[1:])
         return torch.addcmul(self.bias, xhat, self.weight).flatten(1)
 
 
@@ -137,12 +102,15 @@ def norm_layer(norm: str, replicates: int, channels: int, spatial: bool, group: 
 
 
 def mlp(norm: str, generators: Sequence[torch.Generator], data: Data, hidden: Sequence[int] = (128, 128),
-        group: int | None = None) -> nn.Sequential:  # fmt: skip
-    """Linear, norm, ReLU; the same initial weights for every norm: He's, one generator for each replicate."""
+        group: int | None = None, gain: float = 2.0) -> nn.Sequential:  # fmt: skip
+    """Linear, norm, ReLU; the same initial weights for every norm, one generator for each replicate.
+
+    Their variance is the gain, of He's initialization 2, by the number of inputs.
+    """
     sizes, layers = (data.x.shape[1], *hidden), list[nn.Module]()
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [
-            Linear(_normal(generators, (outputs, inputs), math.sqrt(2 / inputs))),
+            Linear(_normal(generators, (outputs, inputs), math.sqrt(gain / inputs))),
             norm_layer(norm, len(generators), outputs, spatial=False, group=group),
             nn.ReLU(),
         ]
@@ -159,18 +127,18 @@ class _Images(nn.Module):
         return x.view(len(x), -1, *self.shape[1:])
 
 
-def cnn(norm: str, generators: Sequence[torch.Generator], data: Data, channels: Sequence[int] = (16, 32)) -> nn.Module:
-    """3 x 3 convolution, norm, ReLU, 2 x 2 maximum, twice; then a linear layer. Gray square images; He's weights."""
-    side, before, layers = math.isqrt(data.x.shape[1]), 1, list[nn.Module]()
-    layers.append(_Images(1, side))
-    for after in channels:
+def cnn(norm: str, generators: Sequence[torch.Generator], data: Data, channels: Sequence[int] = (8, 16)) -> nn.Module:
+    """3 x 3 convolution, norm, ReLU, each after the first with stride 2; then a linear layer. He's weights."""
+    side, before, layers = data.side, data.channels, list[nn.Module]()
+    layers.append(_Images(before, side))
+    for i, after in enumerate(channels):
+        stride = 2 if i else 1
         layers += [
-            Conv(_normal(generators, (after, before, 3, 3), math.sqrt(2 / (9 * before)))),
+            Conv(_normal(generators, (after, before, 3, 3), math.sqrt(2 / (9 * before))), stride),
             norm_layer(norm, len(generators), after, spatial=True),
             nn.ReLU(),
-            nn.MaxPool2d(2),
         ]
-        before, side = after, side // 2
+        before, side = after, math.ceil(side / stride)
     features = before * side * side
     head = Linear(_normal(generators, (data.classes, features), math.sqrt(1 / features)))
     return nn.Sequential(*layers, nn.Flatten(), head)
@@ -188,10 +156,19 @@ class Setting:
     runs: Sequence[tuple[int, int, float]]
     batch: int
     updates: int
+    momentum: float = 0.9
+    cosine: bool = True
 
 
-def train(setting: Setting, data: Data) -> tuple[nn.Module, list[Split]]:
-    """SGD with momentum 0.9, no weight decay, the rate falling to zero along a cosine.
+def train(
+    setting: Setting, data: Data, watch: Callable[[int, nn.Module], None] = lambda updates, model: None
+) -> tuple[nn.Module, list[Split]]:
+    """SGD, no weight decay, the rate constant or falling to zero along a cosine.
+
+    Args:
+        setting: What is trained, and how.
+        data: The examples.
+        watch: Told of the model after each update, and of how many there were.
 
     Returns:
         The model in evaluation mode, and each replicate's split. Weights and order depend on seed and fold alone.
@@ -199,20 +176,32 @@ def train(setting: Setting, data: Data) -> tuple[nn.Module, list[Split]]:
     splits = [Split.of(len(data.x), seed, fold) for seed, fold, _ in setting.runs]
     generators = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + fold) for seed, fold, _ in setting.runs]
     model = setting.model(generators).train()
-    rates = torch.tensor([rate for *_, rate in setting.runs])[:, None]
-    parameters = list(model.parameters())
-    velocities = [torch.zeros_like(p) for p in parameters]
-    for step, indices in zip(range(setting.updates), _batches(splits, generators, setting.batch), strict=False):
-        logits = model(data.x[indices].flatten(1)).view(*indices.shape, -1)
-        F.cross_entropy(logits.flatten(0, 1), data.y[indices].flatten(), reduction="sum").div(len(indices)).backward()
-        rate = rates * (1 + math.cos(math.pi * step / setting.updates)) / 2
-        with torch.no_grad():
-            for p, v in zip(parameters, velocities, strict=True):
-                assert p.grad is not None
-                v.mul_(0.9).add_(p.grad)
-                p.view(len(rates), -1).sub_(rate * v.view(len(rates), -1))
-                p.grad = None
+    rates = torch.tensor([rate for *_, rate in setting.runs]) / setting.batch
+    weights, velocity = _flat(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "batch_norm: running_var must fit")  # where a rate diverges
+        for step, indices in zip(range(setting.updates), _batches(splits, generators, setting.batch), strict=False):
+            logits = model(data.x[indices].flatten(1)).view(*indices.shape, -1)
+            losses = F.cross_entropy(logits.flatten(0, 1), data.y[indices].flatten(), reduction="none").view_as(indices)
+            velocity.mul_(setting.momentum)
+            fall = (1 + math.cos(math.pi * step / setting.updates)) / 2 if setting.cosine else 1.0
+            losses.backward((rates * fall).expand_as(losses))  # adds to the gradients, which are the velocity
+            weights.sub_(velocity)
+            watch(step + 1, model)
+    for p in model.parameters():
+        p.grad = None
     return model.eval(), splits
+
+
+def _flat(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """All parameters and all gradients, which the model's become views of: an update is one operation on each."""
+    parameters = list(model.parameters())
+    weights = torch.cat([p.detach().flatten() for p in parameters])
+    gradients = torch.zeros_like(weights)
+    sizes = [p.numel() for p in parameters]
+    for p, weight, gradient in zip(parameters, weights.split(sizes), gradients.split(sizes), strict=True):
+        p.data, p.grad = weight.view_as(p), gradient.view_as(p)
+    return weights, gradients
 
 
 def _batches(splits: list[Split], generators: Sequence[torch.Generator], batch: int) -> Any:
@@ -227,52 +216,14 @@ def _batches(splits: list[Split], generators: Sequence[torch.Generator], batch: 
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Data, parts: Sequence[Tensor]) -> list[float]:
-    """Percent of each replicate's part that it gets right."""
-    logits = model(data.x.repeat(1, len(parts))).view(len(data.x), len(parts), -1)
-    right = logits.argmax(-1) == data.y[:, None]
-    return [100 * right[part, r].double().mean().item() for r, part in enumerate(parts)]
-
-
-@torch.no_grad()
-def accuracy_in_training_mode(model: nn.Module, data: Data, parts: Sequence[Tensor], batch: int) -> list[float]:
-    """The same with the statistics of batches of the part; the last batch is filled with the part's first examples."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    longest = max(map(len, parts))
-    count = math.ceil(longest / batch) * batch
-    indices = torch.stack(
-        [part.repeat(2)[:count] if len(part) >= batch else part.repeat(count)[:count] for part in parts]
-    )
+def accuracy(model: nn.Module, data: Data, parts: Sequence[Tensor], batch: int = 512) -> list[float]:
+    """Percent of each replicate's part that it gets right; the last batch is filled with the part's first examples."""
+    count = math.ceil(max(map(len, parts)) / batch) * batch
+    indices = torch.stack([part.repeat(math.ceil(count / len(part)))[:count] for part in parts], dim=1)
     right = torch.cat(
-        [
-            model(data.x[chunk].flatten(1)).view(*chunk.shape, -1).argmax(-1) == data.y[chunk]
-            for chunk in indices.T.split(batch)
-        ]
+        [model(data.x[i].flatten(1)).view(*i.shape, -1).argmax(-1) == data.y[i] for i in indices.split(batch)]
     )
-    model.eval()
-    for name, buffer in model.named_buffers():
-        buffer.copy_(before[name])
     return [100 * right[: len(part), r].double().mean().item() for r, part in enumerate(parts)]
-
-
-@torch.no_grad()
-def reestimate(model: nn.Module, data: Data, parts: Sequence[Tensor]) -> None:
-    """Set the running statistics to those of the parts, of equal length, under the final weights."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    groups = [norm.group for norm in norms if isinstance(norm, GhostBatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-        if isinstance(norm, GhostBatchNorm):
-            norm.group = len(parts[0])
-    model.train()
-    model(data.x[torch.stack(list(parts), dim=1)].flatten(1))
-    model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for norm, group in zip((n for n in norms if isinstance(n, GhostBatchNorm)), groups, strict=True):
-        norm.group = group
 
 
 def tuned(

@@ -79,6 +79,7 @@ def save(folder: Path, experiment: Experiment, record: Record) -> None:
         "contrast": asdict(experiment.contrast),
         "size": record.plan.size,
         "seed_base": record.plan.seed_base,
+        "data": record.plan.data,
         "code": record.code,
         "planned": record.planned,
         "environment": record.environment,
@@ -115,7 +116,7 @@ def load(folder: Path, name: str) -> Record | None:
             raise KeyError("schema")
         return Record(
             found["experiment"],
-            Plan(found["size"], found["seed_base"]),
+            Plan(found["size"], found["seed_base"], found["data"]),
             found["code"],
             found["planned"],
             found["environment"],

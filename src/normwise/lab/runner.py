@@ -47,8 +47,7 @@ def run(
         record = Record(experiment.name, plan, code, len(trials))
         results.save(folder, experiment, record)  # what cannot be written is told before an hour has passed
     elif record.plan != plan or record.code != code:
-        was = f"{record.plan.size}, seeds from {record.plan.seed_base}"
-        now = f"{plan.size}, seeds from {plan.seed_base}" if record.plan != plan else "of other code"
+        was, now = str(record.plan), str(plan) if record.plan != plan else "of other code"
         raise ValueError(
             f"run: {results.path_of(folder, experiment.name)} must be of this plan to go on; it is {was}, asked for is "
             f"{now}; use --fresh to run it anew, or another folder."

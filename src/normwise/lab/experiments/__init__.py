@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..experiment import Experiment
-from . import batch_noise, ghost_batch, independence, intuition, numerics, one_at_a_time
+from . import (
+    batch_noise,
+    batch_size,
+    ghost_batch,
+    independence,
+    intuition,
+    numerics,
+    one_at_a_time,
+    speed_stability,
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (intuition, independence, one_at_a_time, batch_noise, ghost_batch, numerics)
+    for module in (
+        speed_stability,
+        intuition,
+        independence,
+        one_at_a_time,
+        batch_noise,
+        ghost_batch,
+        batch_size,
+        numerics,
+    )
 }
 
 

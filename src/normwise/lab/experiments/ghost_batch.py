@@ -12,22 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import plots
+from ..crossval import cross_validate, tune
 from ..experiment import Contrast, Experiment, Finding, Numbers, Plan, Results, Trial
 from ..intervals import Effect, mean
-from ..replicates import (
-    FOLDS,
-    Setting,
-    accuracy,
-    accuracy_in_training_mode,
-    digits,
-    mlp,
-    reestimate,
-    train,
-    tuned,
-)
+from ..replicates import FOLDS, digits, mlp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,40 +29,25 @@ CASES = ("none", "layer_norm", *(f"batch_norm {group}" for group in GROUPS))
 SMALL, LARGE = "batch_norm 2", "batch_norm 64"
 
 
-def _setting(case: str, runs: Sequence[tuple[int, int, float]], epochs: int) -> Setting:
+def _fixed(case: str, epochs: int) -> dict[str, Any]:
+    """What tuning and training of a case share."""
     norm, _, group = case.partition(" ")
     data = digits()
-    model = partial(mlp, norm, data=data, group=int(group) if group else None)
-    updates = epochs * (len(data.x) * (FOLDS - 2) // FOLDS // BATCH)
-    return Setting(model, runs, BATCH, updates)
+    return {
+        "model": partial(mlp, norm, data=data, group=int(group) if group else None),
+        "data": data,
+        "batch": BATCH,
+        "updates": epochs * (len(data.x) * (FOLDS - 2) // FOLDS // BATCH),
+    }
 
 
 def _tune(case: str, seeds: Sequence[int], epochs: int, _: Results) -> Numbers:
-    data = digits()
-
-    def validate(rates: Sequence[float]) -> list[float]:
-        runs = [(seed, fold, rate) for rate in rates for seed in seeds for fold in range(FOLDS)]
-        model, splits = train(_setting(case, runs, epochs), data)
-        found = accuracy(model, data, [split.validation for split in splits])
-        size = len(seeds) * FOLDS
-        return [sum(found[i : i + size]) / size for i in range(0, len(found), size)]
-
-    return tuned(validate)
+    return tune(seeds=seeds, **_fixed(case, epochs))
 
 
 def _train(case: str, seeds: Sequence[int], epochs: int, results: Results) -> Numbers:
-    data = digits()
-    rate = results[f"tune {case}"]["best"]
-    runs = [(seed, fold, rate) for seed in seeds for fold in range(FOLDS)]
-    model, splits = train(_setting(case, runs, epochs), data)
-    tests = [split.test for split in splits]
-    found = {"running": accuracy(model, data, tests)}
-    if case.startswith("batch_norm"):
-        found["training mode"] = accuracy_in_training_mode(model, data, tests, int(case.split()[1]))
-        reestimate(model, data, [split.train for split in splits])
-        found["re-estimated"] = accuracy(model, data, tests)
-    # Folds differ in size by one example: their mean is the accuracy over all digits to 0.01 points.
-    return {how: [sum(a[i : i + FOLDS]) / FOLDS for i in range(0, len(a), FOLDS)] for how, a in found.items()}
+    group = int(case.partition(" ")[2] or BATCH)
+    return cross_validate(seeds=seeds, rate=results[f"tune {case}"]["best"], group=group, **_fixed(case, epochs))
 
 
 def trials(plan: Plan) -> list[Trial]:
