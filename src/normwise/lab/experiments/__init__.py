@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..experiment import Experiment
-from . import batch_noise, ghost_batch, independence, intuition, numerics, one_at_a_time
+from . import (
+    batch_noise,
+    ghost_batch,
+    independence,
+    intuition,
+    language_model,
+    leak,
+    numerics,
+    one_at_a_time,
+    padding,
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (intuition, independence, one_at_a_time, batch_noise, ghost_batch, numerics)
+    for module in (
+        *(intuition, independence, one_at_a_time, batch_noise, ghost_batch, leak, padding, language_model),
+        numerics,
+    )
 }
 
 
