@@ -74,4 +74,4 @@ def test_what_is_not_so_of_layer_norm_is_the_correction() -> None:
     assert EXPERIMENT.verdict(found) == CORRECTED
     assert "Layer Norm at 8 layers" in found.correction
     assert "Batch Norm" not in found.correction
-    assert "2 x the speed" in found.batch_norm
+    assert "2 x as fast" in found.batch_norm

@@ -120,7 +120,7 @@ def judge(results: Results) -> Finding:
             wider[norm, depth] = _difference(_windows(found), _windows(bare), "decades")
             sooner[norm, depth] = _difference(_doublings(bare), _doublings(found), "doublings")
     cells = {
-        norm: f"{DEPTH} layers: rates {wider[norm, DEPTH]} wider, {_times(sooner[norm, DEPTH])}" for norm in NORMS[1:]
+        norm: f"{DEPTH} layers: window {wider[norm, DEPTH]} wider, {_times(sooner[norm, DEPTH])}" for norm in NORMS[1:]
     }
     none = mean(_windows(results[f"none {DEPTH}"]), "decades")
     best = {name: max(map(max, results[name]["accuracies"]["running"])) for name in (f"none {DEPTH}", TRAP)}
@@ -145,7 +145,7 @@ def judge(results: Results) -> Finding:
 
 
 def _times(effect: Effect) -> str:
-    return f"{2**effect.value:.2g} x the speed"
+    return f"{2**effect.value:.2g} x as fast"
 
 
 def _ends(results: Results) -> list[str]:
@@ -158,7 +158,7 @@ def _correction(wider: dict[tuple[str, int], Effect], sooner: dict[tuple[str, in
     """Where a norm is not shown to gain what matters, or costs updates."""
     short = [f"{_named(*case)} ({e})" for case, e in wider.items() if e.low < SMALLEST]
     slow = [f"{_named(*case)} ({_times(e)})" for case, e in sooner.items() if e.high < 0]
-    parts = [f"a window {SMALLEST:g} decades wider is not shown for {', '.join(short)}"] if short else []
+    parts = [f"a gain of {SMALLEST:g} decades is not shown for {', '.join(short)}"] if short else []
     parts += [f"more updates are needed with {', '.join(slow)}"] if slow else []
     return "not of every norm and depth: " + "; ".join(parts) if parts else ""
 
