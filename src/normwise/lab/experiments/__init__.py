@@ -11,8 +11,11 @@ from . import (
     ghost_batch,
     independence,
     intuition,
+    language_model,
+    leak,
     numerics,
     one_at_a_time,
+    padding,
     speed_stability,
 )
 
@@ -26,6 +29,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         batch_noise,
         ghost_batch,
         batch_size,
+        leak,
+        padding,
+        language_model,
         numerics,
     )
 }
