@@ -151,7 +151,8 @@ def _correction(effect: Effect, beside: dict[str, Effect]) -> str:
     if effect.low < SMALLEST:
         return ""
     parts = [
-        f"{plots.NAMES[case.split()[0]]} is as good at {case.split()[1]} layers: {gap} beside Layer Norm"
+        f"{plots.NAMES[case.split()[0]]} is {'better' if gap.high < 0 else 'as good'} at {case.split()[1]} layers: "
+        f"{gap} beside Layer Norm"
         for name, gap in beside.items()
         for case in (name.split(",")[0],)
         if not case.startswith("batch_norm") and gap.high < SMALLEST
