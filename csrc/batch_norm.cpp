@@ -108,6 +108,9 @@ void set_forward(Affine<T>& a, int64_t c, const Statistics<T>& of, const double*
 
 Tensor eval(const Tensor& x, const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& weight,
             const MaybeTensor& bias, double eps, const MaybeTensor& mask, const MaybeTensor& residual, bool relu) {
+  check_channels(x, eps, weight, bias, mask);
+  check_parameter(x.sizes().slice(1, 1), running_mean);
+  check_parameter(x.sizes().slice(1, 1), running_var);
   const Channels in = channels_of(x, false);
   const Parameter<double> mean(running_mean), var(running_var), w(weight), b(bias);
   return with_type(x, [&](auto tag) {
@@ -314,13 +317,14 @@ Three batch_norm_backward_of_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, 
   return {dx, dw, db};
 }
 
-Tensor batch_norm(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight, MaybeTensor bias, double eps,
-                  MaybeTensor mask) {
+Tensor batch_norm(const Tensor& x, const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& weight,
+                  const MaybeTensor& bias, double eps, const MaybeTensor& mask) {
   return eval(x, running_mean, running_var, weight, bias, eps, mask, {}, false);
 }
 
-Tensor batch_norm_relu(Tensor x, Tensor running_mean, Tensor running_var, MaybeTensor weight, MaybeTensor bias,
-                       double eps, MaybeTensor mask, MaybeTensor residual) {
+Tensor batch_norm_relu(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
+                       const MaybeTensor& weight, const MaybeTensor& bias, double eps, const MaybeTensor& mask,
+                       const MaybeTensor& residual) {
   return eval(x, running_mean, running_var, weight, bias, eps, mask, residual, true);
 }
 

@@ -20,6 +20,21 @@ struct View {
   int64_t values() const { return n * c * s; }
 };
 
+// What keeps an operator over channels within its arguments' memory.
+inline void check_channels(const Tensor& x, double eps, const MaybeTensor& weight, const MaybeTensor& bias,
+                           const MaybeTensor& mask) {
+  check_input(x, eps);
+  const Sizes sizes = x.sizes();
+  STD_TORCH_CHECK(sizes.size() >= 2, "normwise: x must have the axes (N, C, ...).");
+  check_parameter(sizes.slice(1, 1), weight);
+  check_parameter(sizes.slice(1, 1), bias);
+  if (!mask) return;
+  const Sizes valid = mask->sizes();
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_cpu() && !valid.empty() && valid[0] == sizes[0] &&
+                      (valid.size() == 1 || valid.slice(1) == sizes.slice(2)),
+                  "normwise: mask must be boolean, (N) or (N, ...), on the CPU.");
+}
+
 // A copy without the gaps between samples, so that a sample's sums have the same order with and without its neighbours.
 inline Tensor packed_channels_last(const Tensor& x) {
   std::vector<int64_t> strides(x.dim(), 1);

@@ -7,33 +7,41 @@ namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
+struct Result {
+  Tensor y;
+  MaybeTensor mean, rstd;
+};
+
 void check_groups(const Tensor& x, int64_t groups) {
   STD_TORCH_CHECK(groups > 0 && x.size(1) % groups == 0, "group_norm: num_groups must divide the ", x.size(1),
                   " channels; got ", groups, "; choose a divisor.");
 }
 
-Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
-              const MaybeTensor& mask, std::optional<ScalarType> out_dtype) {
+// y, and what backward needs if `save`.
+Result forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+               const MaybeTensor& mask, std::optional<ScalarType> out_dtype, bool save) {
+  check_channels(input, eps, weight, bias, mask);
   check_groups(input, groups);
   const Tensor x = widened(input, computed(input, out_dtype));
   const Channels in(x);
   const View& v = in.view;
   const Mask valid(mask, v);
-  Tensor y = fresh_like(in.x), mean = empty({x.size(0), groups}, ScalarType::Double),
-         rstd = empty({x.size(0), groups}, ScalarType::Double);
+  Result r{fresh_like(in.x), {}, {}};
+  if (save) r.mean = empty({x.size(0), groups}, ScalarType::Double);
+  if (save) r.rstd = empty({x.size(0), groups}, ScalarType::Double);
   const Parameter<double> w(weight), b(bias);
   with_type(x, [&](auto tag) {
     using T = decltype(tag);
     const T* xs = data<T>(in.x);
     const int64_t width = v.c / groups;
     const double *ws = w.data(), *bs = b.data();
-    const Forward<T> transform{xs, out<T>(y)};
+    double *const means = save ? out<double>(*r.mean) : nullptr, *const rstds = save ? out<double>(*r.rstd) : nullptr;
+    const Forward<T> transform{xs, out<T>(r.y)};
     Affine<T> a(v, false);
     const auto set = [&](int64_t g, const Part& p) {
       const double var = p.var();
       const Statistics<T> of(p.mean(), 1 / std::sqrt(var + eps), var);
-      out<double>(mean)[g] = of.mean;
-      out<double>(rstd)[g] = of.rstd;
+      if (save) means[g] = of.mean, rstds[g] = of.rstd;
       const int64_t first = g % groups * width;
       for (int64_t c = 0; c < width; ++c)
         a.forward(g * width + c, of, of.rstd * at(ws, first + c, 1), at(bs, first + c, 0));
@@ -64,22 +72,24 @@ Three forward(const Tensor& input, int64_t groups, const MaybeTensor& weight, co
       }
     });
   });
-  return {widened(laid_out(y, x, in.copied), out_dtype), mean, rstd};
+  r.y = widened(laid_out(r.y, x, in.copied), out_dtype);
+  return r;
 }
 
-Tensor group_norm(Tensor x, int64_t num_groups, MaybeTensor weight, MaybeTensor bias, double eps, MaybeTensor mask,
-                  std::optional<ScalarType> out_dtype) {
-  return std::get<0>(forward(x, num_groups, weight, bias, eps, mask, out_dtype));
+Tensor group_norm(const Tensor& x, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+                  const MaybeTensor& mask, std::optional<ScalarType> out_dtype) {
+  return forward(x, num_groups, weight, bias, eps, mask, out_dtype, false).y;
 }
 
-Three group_norm_forward(Tensor x, int64_t num_groups, MaybeTensor weight, MaybeTensor bias, double eps,
-                         MaybeTensor mask, std::optional<ScalarType> out_dtype) {
-  return forward(x, num_groups, weight, bias, eps, mask, out_dtype);
+Three group_norm_forward(const Tensor& x, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias,
+                         double eps, const MaybeTensor& mask, std::optional<ScalarType> out_dtype) {
+  const Result r = forward(x, num_groups, weight, bias, eps, mask, out_dtype, true);
+  return {r.y, *r.mean, *r.rstd};
 }
 
-Three group_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, int64_t groups, double eps,
-                          MaybeTensor mask, MaybeTensor weight, std::optional<ScalarType> bias_dtype,
-                          std::vector<bool> wanted) {
+Three group_norm_backward(const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                          int64_t groups, double eps, const MaybeTensor& mask, const MaybeTensor& weight,
+                          std::optional<ScalarType> bias_dtype, std::vector<bool> wanted) {
   check_groups(input, groups);
   const Tensor x = widened(input, grad.scalar_type());  // y may be wider than x
   const Channels in(x);

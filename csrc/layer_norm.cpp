@@ -13,10 +13,11 @@ struct Rows {
   Tensor x;
   int64_t rows, cols = 1, inner = 1;
   bool copied;
-  std::vector<int64_t> kept, shape;  // the sizes of the axes that number the rows, and of those that are normalized
+  Sizes kept, shape;  // of the axes that number the rows, and of those that are normalized; in the memory of the input
 
   Rows(const Tensor& input, int64_t k) : x(input), copied(!input.is_contiguous()) {
-    for (int64_t i = 0; i < x.dim(); ++i) (i < x.dim() - k ? kept : shape).push_back(x.size(i));
+    const Sizes all = input.sizes();
+    kept = all.slice(0, all.size() - size_t(k)), shape = all.slice(all.size() - size_t(k));
     for (const int64_t size : shape) cols *= size;
     rows = cols ? x.numel() / cols : 0;
     if (!copied) return;
@@ -119,7 +120,8 @@ void add_rows(const T* x, const T* residual, T* h, int64_t n) {
 }
 
 struct Result {
-  Tensor y, h, mean, rstd;
+  Tensor y;
+  MaybeTensor h, mean, rstd;
 };
 
 Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, const MaybeTensor& weight,
@@ -157,8 +159,8 @@ Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, cons
     const Parameter<Wide<T>> w(weight), b(bias);
     const Forward<T> norm{w.data(), b.data(), centred, eps};
     const T *xs = data<T>(in.x), *adds = data<T>(added);
-    T *ys = out<T>(r.y), *hs = residual ? out<T>(r.h) : nullptr;
-    double *means = save && centred ? out<double>(r.mean) : nullptr, *rstds = save ? out<double>(r.rstd) : nullptr;
+    T *ys = out<T>(r.y), *hs = residual ? out<T>(*r.h) : nullptr;
+    double *means = save && centred ? out<double>(*r.mean) : nullptr, *rstds = save ? out<double>(*r.rstd) : nullptr;
     const auto keep = [&](int64_t i, const Statistics<T>& s) {
       if (means) means[i] = s.mean;
       if (rstds) rstds[i] = s.rstd;
@@ -185,8 +187,9 @@ Result forward(const Tensor& input, const MaybeTensor& residual, int64_t k, cons
       }
     });
   });
-  r.y = widened(laid_out(r.y, typed, in.copied), out_dtype);
-  if (residual) r.h = laid_out(r.h, typed, in.copied);
+  if (in.copied) r.y = laid_out(r.y, typed, true);
+  if (out_dtype) r.y = widened(r.y, out_dtype);
+  if (residual) r.h = laid_out(*r.h, typed, in.copied);
   return r;
 }
 
@@ -390,58 +393,75 @@ using Flags = std::vector<bool>;
 
 int64_t axes(const Shape& shape) { return int64_t(shape.size()); }
 
-One layer_norm(Tensor x, Shape shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
-  return forward(x, {}, axes(shape), weight, bias, eps, true, out_dtype, false).y;
+// The number of axes that are normalized, if the arguments fit.
+int64_t checked(const Tensor& x, const Shape& shape, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  check_input(x, eps);
+  const Sizes sizes = x.sizes(), normalized = shape;
+  STD_TORCH_CHECK(
+      !shape.empty() && shape.size() <= sizes.size() && sizes.slice(sizes.size() - shape.size()) == normalized,
+      "normwise: the last axes of x must be normalized_shape.");
+  check_parameter(normalized, weight);
+  check_parameter(normalized, bias);
+  return axes(shape);
 }
-Three layer_norm_forward(Tensor x, Shape shape, MaybeTensor weight, MaybeTensor bias, double eps, Type out_dtype) {
-  auto r = forward(x, {}, axes(shape), weight, bias, eps, true, out_dtype, true);
-  return {r.y, r.mean, r.rstd};
+
+One layer_norm(const Tensor& x, const Shape& shape, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+               Type out_dtype) {
+  return forward(x, {}, checked(x, shape, weight, bias, eps), weight, bias, eps, true, out_dtype, false).y;
 }
-Three layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Shape shape, MaybeTensor weight,
-                          Type bias_dtype, Flags output_mask) {
+Three layer_norm_forward(const Tensor& x, const Shape& shape, const MaybeTensor& weight, const MaybeTensor& bias,
+                         double eps, Type out_dtype) {
+  auto r = forward(x, {}, checked(x, shape, weight, bias, eps), weight, bias, eps, true, out_dtype, true);
+  return {r.y, *r.mean, *r.rstd};
+}
+Three layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Shape& shape,
+                          const MaybeTensor& weight, Type bias_dtype, const Flags& output_mask) {
   auto r = backward(dy, {}, x, mean, rstd, axes(shape), weight, bias_dtype, output_mask);
   return {r.dx, r.dweight, r.dbias};
 }
 
-One rms_norm(Tensor x, Shape shape, MaybeTensor weight, double eps, Type out_dtype) {
-  return forward(x, {}, axes(shape), weight, {}, eps, false, out_dtype, false).y;
+One rms_norm(const Tensor& x, const Shape& shape, const MaybeTensor& weight, double eps, Type out_dtype) {
+  return forward(x, {}, checked(x, shape, weight, {}, eps), weight, {}, eps, false, out_dtype, false).y;
 }
-Two rms_norm_forward(Tensor x, Shape shape, MaybeTensor weight, double eps, Type out_dtype) {
-  auto r = forward(x, {}, axes(shape), weight, {}, eps, false, out_dtype, true);
-  return {r.y, r.rstd};
+Two rms_norm_forward(const Tensor& x, const Shape& shape, const MaybeTensor& weight, double eps, Type out_dtype) {
+  auto r = forward(x, {}, checked(x, shape, weight, {}, eps), weight, {}, eps, false, out_dtype, true);
+  return {r.y, *r.rstd};
 }
-Two rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Shape shape, MaybeTensor weight, Flags output_mask) {
+Two rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, const Shape& shape,
+                      const MaybeTensor& weight, const Flags& output_mask) {
   auto r = backward(dy, {}, x, {}, rstd, axes(shape), weight, {}, {output_mask[0], output_mask[1], false});
   return {r.dx, r.dweight};
 }
 
-Two fused_add_layer_norm(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, MaybeTensor bias, double eps,
-                         Type out_dtype) {
-  auto r = forward(x, residual, axes(shape), weight, bias, eps, true, out_dtype, false);
-  return {r.y, r.h};
+Two fused_add_layer_norm(const Tensor& x, const Tensor& residual, const Shape& shape, const MaybeTensor& weight,
+                         const MaybeTensor& bias, double eps, Type out_dtype) {
+  auto r = forward(x, residual, checked(x, shape, weight, bias, eps), weight, bias, eps, true, out_dtype, false);
+  return {r.y, *r.h};
 }
-Four fused_add_layer_norm_forward(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, MaybeTensor bias,
-                                  double eps, Type out_dtype) {
-  auto r = forward(x, residual, axes(shape), weight, bias, eps, true, out_dtype, true);
-  return {r.y, r.h, r.mean, r.rstd};
+Four fused_add_layer_norm_forward(const Tensor& x, const Tensor& residual, const Shape& shape,
+                                  const MaybeTensor& weight, const MaybeTensor& bias, double eps, Type out_dtype) {
+  auto r = forward(x, residual, checked(x, shape, weight, bias, eps), weight, bias, eps, true, out_dtype, true);
+  return {r.y, *r.h, *r.mean, *r.rstd};
 }
-Three fused_add_layer_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor mean, Tensor rstd, Shape shape,
-                                    MaybeTensor weight, Type bias_dtype, Flags output_mask) {
+Three fused_add_layer_norm_backward(const Tensor& dy, const MaybeTensor& dh, const Tensor& h, const Tensor& mean,
+                                    const Tensor& rstd, const Shape& shape, const MaybeTensor& weight, Type bias_dtype,
+                                    const Flags& output_mask) {
   auto r = backward(dy, dh, h, mean, rstd, axes(shape), weight, bias_dtype, output_mask);
   return {r.dx, r.dweight, r.dbias};
 }
 
-Two fused_add_rms_norm(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, double eps, Type out_dtype) {
-  auto r = forward(x, residual, axes(shape), weight, {}, eps, false, out_dtype, false);
-  return {r.y, r.h};
+Two fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Shape& shape, const MaybeTensor& weight,
+                       double eps, Type out_dtype) {
+  auto r = forward(x, residual, checked(x, shape, weight, {}, eps), weight, {}, eps, false, out_dtype, false);
+  return {r.y, *r.h};
 }
-Three fused_add_rms_norm_forward(Tensor x, Tensor residual, Shape shape, MaybeTensor weight, double eps,
-                                 Type out_dtype) {
-  auto r = forward(x, residual, axes(shape), weight, {}, eps, false, out_dtype, true);
-  return {r.y, r.h, r.rstd};
+Three fused_add_rms_norm_forward(const Tensor& x, const Tensor& residual, const Shape& shape, const MaybeTensor& weight,
+                                 double eps, Type out_dtype) {
+  auto r = forward(x, residual, checked(x, shape, weight, {}, eps), weight, {}, eps, false, out_dtype, true);
+  return {r.y, *r.h, *r.rstd};
 }
-Two fused_add_rms_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor rstd, Shape shape, MaybeTensor weight,
-                                Flags output_mask) {
+Two fused_add_rms_norm_backward(const Tensor& dy, const MaybeTensor& dh, const Tensor& h, const Tensor& rstd,
+                                const Shape& shape, const MaybeTensor& weight, const Flags& output_mask) {
   auto r = backward(dy, dh, h, {}, rstd, axes(shape), weight, {}, {output_mask[0], output_mask[1], false});
   return {r.dx, r.dweight};
 }

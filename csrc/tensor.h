@@ -18,6 +18,7 @@ namespace normwise {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 template <class T>
 constexpr ScalarType kType = ScalarType::Float;
@@ -49,10 +50,19 @@ inline T* out(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// The type of t; scalar_type() asks the library for the number of every type that comes before it, one call each.
+inline ScalarType type_of(const Tensor& t) {
+  static const int32_t kFloat = aoti_torch_dtype_float32();
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  return type == kFloat ? ScalarType::Float : t.scalar_type();
+}
+
 // Call f with a value of the type that x holds.
 template <class F>
 inline auto with_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
+  const ScalarType type = type_of(x);
+  switch (type) {
     case ScalarType::Double:
       return f(double{});
     case ScalarType::BFloat16:
@@ -60,9 +70,24 @@ inline auto with_type(const Tensor& x, const F& f) {
     case ScalarType::Half:
       return f(Half{});
     default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "normwise: unexpected type of x");
+      STD_TORCH_CHECK(type == ScalarType::Float, "normwise: a tensor must be float64, float32, bfloat16 or float16.");
       return f(float{});
   }
+}
+
+// The operators check what keeps them within their arguments' memory, before they allocate anything. Python, which has
+// the sentences, is asked for one only where a call fails: its checks take longer than a small norm.
+inline void check_input(const Tensor& x, double eps) {
+  with_type(x, [](auto) {});
+  STD_TORCH_CHECK(eps >= 0 && eps <= largest<double>(), "normwise: eps must be 0 or more and finite; got ", eps, ".");
+}
+inline void check_parameter(Sizes shape, const Tensor& parameter) {
+  with_type(parameter, [](auto) {});
+  STD_TORCH_CHECK(parameter.sizes() == shape && parameter.is_cpu(),
+                  "normwise: a parameter must have the shape of what it scales or shifts, on the CPU.");
+}
+inline void check_parameter(Sizes shape, const MaybeTensor& parameter) {
+  if (parameter) check_parameter(shape, *parameter);
 }
 
 inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -81,6 +106,7 @@ inline int64_t bytes_of(ScalarType type) {
 
 // True if the elements fill a block of memory without gaps, in any order of the axes.
 inline bool is_dense(const Tensor& t) {
+  if (t.numel() && t.is_contiguous()) return true;
   int64_t expected = 1;
   for (int64_t found = 0; found < t.dim(); ++found) {
     int64_t i = 0;
@@ -93,11 +119,9 @@ inline bool is_dense(const Tensor& t) {
 
 inline Tensor poisoned(Tensor t) {
   if (Memory::instance().poisoned() && t.numel())
-    std::memset(t.mutable_data_ptr(), 0xff, size_t(t.numel() * bytes_of(t.scalar_type())));
+    std::memset(t.mutable_data_ptr(), 0xff, size_t(t.numel() * bytes_of(type_of(t))));
   return t;
 }
-
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Uninitialized memory on the CPU, without the microsecond that the dispatcher takes.
 inline Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType type) {
@@ -107,7 +131,7 @@ inline Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType type) {
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return poisoned(Tensor(handle));
 }
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+inline Tensor empty(Sizes sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   return empty_strided(sizes, strides, type);
@@ -116,12 +140,12 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
 // What torch.empty_like gives, in memory that is reused where it is large.
 inline Tensor fresh_like(const Tensor& t) {
   if (!is_dense(t)) return torch::stable::empty_like(t);  // which then has other strides
-  const int64_t bytes = t.numel() * bytes_of(t.scalar_type());
-  if (bytes < Memory::kSmallest || !Memory::instance().limit())
-    return empty_strided(t.sizes(), t.strides(), t.scalar_type());
+  const ScalarType type = type_of(t);
+  const int64_t bytes = t.numel() * bytes_of(type);
+  if (bytes < Memory::kSmallest || !Memory::instance().limit()) return empty_strided(t.sizes(), t.strides(), type);
   void* data = Memory::instance().take(bytes);
   try {
-    return poisoned(torch::stable::from_blob(data, t.sizes(), t.strides(), t.device(), t.scalar_type(),
+    return poisoned(torch::stable::from_blob(data, t.sizes(), t.strides(), t.device(), type,
                                              [](void* p) { Memory::instance().give(p); }));
   } catch (...) {
     Memory::instance().give(data);
@@ -145,19 +169,24 @@ inline Tensor in_order_of(const Tensor& x, const Tensor& t) {
   return r;
 }
 
-// A parameter, packed and in the type that the kernel computes with: as it is, or copied.
+// A parameter, packed and in the type that the kernel computes with: as it is, while the argument lives, or copied.
 template <class A>
 class Parameter {
  public:
   explicit Parameter(const MaybeTensor& given) {
     if (!given) return;
-    kept_ = packed(*given);
-    if (given->scalar_type() == kType<A>) return;
-    copy_.resize(given->numel());
-    with_type(*given, [&](auto tag) {
+    if (!given->is_contiguous()) packed_ = torch::stable::contiguous(*given);
+    const Tensor& t = packed_ ? *packed_ : *given;
+    if (type_of(t) == kType<A>) {
+      data_ = normwise::data<A>(t);
+      return;
+    }
+    copy_.resize(t.numel());
+    data_ = copy_.data();
+    with_type(t, [&](auto tag) {
       using P = decltype(tag);
       constexpr int L = Vec<Wide<P>>::lanes;
-      const P* const from = normwise::data<P>(kept_);
+      const P* const from = normwise::data<P>(t);
       A* const to = copy_.data();
       each_vector<L>(int64_t(copy_.size()), [=](int64_t i, auto m) NORMWISE_INLINE {
         Wide<P> lane[L];
@@ -167,11 +196,12 @@ class Parameter {
     });
   }
   // null if there is none.
-  const A* data() const { return copy_.empty() ? normwise::data<A>(kept_) : copy_.data(); }
+  const A* data() const { return data_; }
 
  private:
-  MaybeTensor kept_;
+  MaybeTensor packed_;
   std::vector<A> copy_;
+  const A* data_ = nullptr;
 };
 
 // The result, laid out in memory like the input that was copied to compute it.
@@ -184,17 +214,17 @@ inline Tensor laid_out(const Tensor& result, const Tensor& input, bool copied) {
 
 // t in another type: what is narrower than the output is widened first, without loss, and the output rounded once.
 inline Tensor widened(const Tensor& t, std::optional<ScalarType> type) {
-  return !type || *type == t.scalar_type() ? t : torch::stable::to(t, *type);
+  return !type || *type == type_of(t) ? t : torch::stable::to(t, *type);
 }
 
 // The type to compute in for an output of this type, and the output from there.
 inline ScalarType computed(const Tensor& x, std::optional<ScalarType> out) {
-  const ScalarType t = out.value_or(x.scalar_type());
-  return t == x.scalar_type() || t == ScalarType::Double ? t : ScalarType::Float;
+  const ScalarType from = type_of(x), t = out.value_or(from);
+  return t == from || t == ScalarType::Double ? t : ScalarType::Float;
 }
 
 // What stands for a gradient that is not wanted.
-inline Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
+inline Tensor nothing(const Tensor& like) { return empty({0}, type_of(like)); }
 
 // After a bare fork OpenMP's threads are gone and waiting for them hangs: the child runs alone.
 inline bool& forked() {

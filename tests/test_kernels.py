@@ -8,13 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cases
 import pytest
 import torch
 from cases import Norm
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import normwise as nw
+from normwise import dispatch
 from normwise.kernels import usable
 
 pytestmark = pytest.mark.skipif(nw.backends()["cpu"].startswith("reference"), reason="the CPU kernels were not built")
@@ -177,3 +181,95 @@ def test_statistics_may_lie_anyhow_in_memory():
         transposed = [t.T.contiguous().T for t in statistics]
         assert not transposed[0].is_contiguous()
         assert all(torch.equal(a, b) for a, b in zip(call(*statistics), call(*transposed), strict=True))
+
+
+X, FOUR = torch.randn(2, 4, 3), torch.ones(4)
+BAD_ROWS: dict[str, tuple[object, ...]] = {
+    "long_weight": (X, (3,), FOUR),
+    "short_weight": (X, (3,), torch.ones(1)),
+    "weight_of_other_axes": (X, (4, 3), torch.ones(12)),
+    "integer_weight": (X, (3,), torch.ones(3, dtype=torch.int64)),
+    "integer_x": (X.long(), (3,), None),
+    "another_shape": (X, (4,), None),
+    "more_axes_than_x": (X, (1, 2, 4, 3), None),
+    "no_axis": (X, (), None),
+    "scalar_x": (torch.tensor(1.0), (1,), None),
+}
+BAD_CHANNELS: dict[str, tuple[object, ...]] = {
+    "long_weight": (X, torch.ones(5), None),
+    "short_weight": (X, torch.ones(1), None),
+    "integer_weight": (X, FOUR.long(), None),
+    "integer_x": (X.long(), None, None),
+    "no_channels": (torch.ones(4), None, None),
+    "long_mask": (X, None, torch.ones(3, dtype=torch.bool)),
+    "number_mask": (X, None, torch.ones(2)),
+    "scalar_mask": (X, None, torch.tensor(True)),
+    "mask_of_other_positions": (X, None, torch.ones(2, 4, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize(("x", "shape", "weight"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_row_operators_stay_within_their_arguments(x: Any, shape: Any, weight: Any):
+    ops = torch.ops.normwise
+    with pytest.raises(RuntimeError, match="normwise:"):
+        ops.layer_norm(x, shape, weight, None, 1e-5, None)
+    with pytest.raises(RuntimeError, match="normwise:"):
+        ops.layer_norm_forward(x, shape, None, weight, 1e-5, None)
+    with pytest.raises(RuntimeError, match="normwise:"):
+        ops.rms_norm(x, shape, weight, 1e-5, None)
+
+
+@pytest.mark.parametrize("eps", [-1.0, math.nan, math.inf])
+def test_operators_refuse_an_eps_that_is_none(eps: float):
+    ops = torch.ops.normwise
+    with pytest.raises(RuntimeError, match="normwise: eps"):
+        ops.layer_norm(X, (3,), None, None, eps, None)
+    with pytest.raises(RuntimeError, match="normwise: eps"):
+        ops.group_norm(X, 2, None, None, eps, None, None)
+    with pytest.raises(RuntimeError, match="normwise: eps"):
+        ops.batch_norm(X, FOUR, FOUR, None, None, eps, None)
+
+
+@pytest.mark.parametrize(("x", "weight", "mask"), BAD_CHANNELS.values(), ids=BAD_CHANNELS)
+def test_channel_operators_stay_within_their_arguments(x: Any, weight: Any, mask: Any):
+    ops = torch.ops.normwise
+    with pytest.raises(RuntimeError, match="normwise:"):
+        ops.group_norm(x, 2, weight, None, 1e-5, mask, None)
+    with pytest.raises(RuntimeError, match="normwise:"):
+        ops.batch_norm(x, FOUR, FOUR, weight, None, 1e-5, mask)
+    with pytest.raises(RuntimeError, match="normwise:"):
+        ops.batch_norm(X, FOUR, torch.ones(3), None, None, 1e-5, None)
+
+
+class Marked(torch.Tensor):
+    """A tensor with a type of its own."""
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "batch_norm"])
+def test_a_kernel_is_not_called_at_once_where_something_else_sees_the_call(name: str, monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(2, 3, 3) if name in ("layer_norm", "rms_norm") else torch.randn(2, 3)
+    op = getattr(torch.ops.normwise, name).default
+    arguments = {
+        "layer_norm": lambda x, w: (x, (3,), w, None, 1e-5, None),
+        "rms_norm": lambda x, w: (x, (3,), w, 1e-5, None),
+        "group_norm": lambda x, w: (x, 1, w, None, 1e-5, None, None),
+        "batch_norm": lambda x, w: (x, torch.zeros(3), torch.ones(3), w, None, 1e-5, None),
+    }[name]
+
+    def at_once(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        return dispatch.at_once(op, (x, weight), *arguments(x, weight))
+
+    one = torch.ones(3)
+    assert torch.equal(at_once(x, one), op(*arguments(x, one)))  # type: ignore[arg-type]
+    assert at_once(x, torch.ones(3, requires_grad=True)) is None
+    with torch.no_grad():
+        assert at_once(x, torch.nn.Parameter(one)) is not None
+    assert at_once(x, one.to("meta")) is None
+    assert at_once(x, one.as_subclass(Marked)) is None
+    assert at_once(x, torch.ones(4)) is None
+    with forward_ad.dual_level():
+        assert at_once(x, one) is None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert at_once(x, one) is None
+    monkeypatch.setattr(dispatch, "HAS_KERNELS", False)
+    assert at_once(x, one) is None

@@ -46,6 +46,29 @@ def check_last_axes(
     check_parameters(name, x, tuple(normalized_shape), weight=weight, bias=bias)
 
 
+def check_group_norm(
+    name: str,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+) -> None:
+    """All that group_norm asks of its arguments.
+
+    Raises:
+        TypeError: See the checks below.
+        ValueError: Likewise.
+    """
+    check_input(name, x, 2)
+    check_eps(name, eps)
+    check_channels(name, x, num_groups)
+    check_parameters(name, x, x.shape[1:2], weight=weight, bias=bias)
+    check_mask(name, x, mask)
+    check_values_per_group(name, x, num_groups)
+
+
 def check_batch_norm(
     name: str,
     x: Tensor,

@@ -1,8 +1,9 @@
 """Which of the three paths a call takes.
 
-Under a functorch transform or forward-mode differentiation the reference runs, since it can be differentiated in every
-way; where a gradient is needed, an autograd function around the operators; else an operator alone. The arguments are
-those of `functional`, already checked.
+A plain call, as most small ones are, goes to the CPU kernel :func:`at_once`. Else, under a functorch transform or in
+forward-mode differentiation the reference runs, since it can be differentiated in every way; where a gradient is
+needed, an autograd function around the operators; else an operator alone. The arguments are those of `functional`,
+already checked, :func:`at_once` apart.
 """
 
 from __future__ import annotations
@@ -10,15 +11,49 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from . import ops, reference
+from . import kernels, ops, reference
 from .definitions import parse_axes
 from .ops.common import OPS
 from .reference import Rows
+
+HAS_KERNELS = kernels.instruction_set() != "reference"
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that nothing stands in for."""
+
+
+def at_once(op: Any, tensors: Sequence[Tensor | None], *args: Any) -> Tensor | None:
+    """The result of a CPU kernel that is the only one to see a call, and so the one to check its arguments.
+
+    Nothing is changed by trying: an operator checks them before it allocates, and sooner than Python could.
+
+    Args:
+        op: The overload of an operator.
+        tensors: All tensors among its arguments, checked or not.
+        *args: Its arguments, likewise.
+
+    Returns:
+        None if the kernel refuses the arguments, or a call is traced, transformed or differentiated, or a tensor is
+        elsewhere or of a type of its own: then they are to be checked and another path found.
+    """
+    if not HAS_KERNELS or is_compiling() or transformed() or _len_torch_dispatch_stack():
+        return None
+    differentiable = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN or not t.is_cpu or (differentiable and t.requires_grad)):
+            return None
+    try:
+        return op._op(*args)  # what calling op does, less a frame of Python
+    except Exception:  # of whatever kind where another kernel took the call, as it does for a sparse tensor
+        return None
 
 
 def layer_norm(

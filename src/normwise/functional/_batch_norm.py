@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from .. import checks, dispatch
+from ..ops.common import OPS
+
+BATCH_NORM = OPS.batch_norm.default
 
 
 def batch_norm(
@@ -81,6 +84,11 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
             reproducible=reproducible,
         )
+    if not training:
+        tensors = (x, running_mean, running_var, weight, bias, mask)
+        y = dispatch.at_once(BATCH_NORM, tensors, x, running_mean, running_var, weight, bias, eps, mask)
+        if y is not None:
+            return dispatch.viewable(y)
     checks.check_batch_norm("batch_norm", x, running_mean, running_var, weight, bias, training, eps, mask)
     if training:
         y, mean, var = dispatch.batch_norm_training(x, weight, bias, eps, mask, reproducible)

@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import checks, dispatch
+from ..ops.common import OPS
+
+GROUP_NORM = OPS.group_norm.default
 
 
 def group_norm(
@@ -52,13 +55,14 @@ def group_norm(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(group_norm, (x,), x, num_groups, weight, bias, eps, mask=mask)
-    checks.check_input("group_norm", x, 2)
-    checks.check_eps("group_norm", eps)
-    checks.check_channels("group_norm", x, num_groups)
-    checks.check_parameters("group_norm", x, x.shape[1:2], weight=weight, bias=bias)
-    checks.check_mask("group_norm", x, mask)
-    checks.check_values_per_group("group_norm", x, num_groups)
-    return dispatch.viewable(dispatch.group_norm(x, num_groups, weight, bias, eps, mask))
+    y = None
+    if isinstance(x, Tensor) and x.numel() != num_groups:  # one value a group is refused below
+        tensors = (x, weight, bias, mask)
+        y = dispatch.at_once(GROUP_NORM, tensors, x, num_groups, weight, bias, eps, mask, None)
+    if y is None:
+        checks.check_group_norm("group_norm", x, num_groups, weight, bias, eps, mask)
+        y = dispatch.group_norm(x, num_groups, weight, bias, eps, mask)
+    return dispatch.viewable(y)
 
 
 def instance_norm(

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from .. import checks, dispatch
+from ..ops.common import OPS
+
+LAYER_NORM, RMS_NORM = OPS.layer_norm.default, OPS.rms_norm.default
 
 
 def layer_norm(
@@ -50,10 +53,13 @@ def layer_norm(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(layer_norm, (x,), x, normalized_shape, weight, bias, eps)
-    if isinstance(x, Tensor) and x.is_nested:
+    y = dispatch.at_once(LAYER_NORM, (x, weight, bias), x, normalized_shape, weight, bias, eps, None)
+    if y is None and isinstance(x, Tensor) and x.is_nested:
         return _on_nested(layer_norm, x, normalized_shape, weight, bias, eps)
-    checks.check_last_axes("layer_norm", x, normalized_shape, eps, weight, bias)
-    return dispatch.viewable(dispatch.layer_norm(x, normalized_shape, weight, bias, eps))
+    if y is None:
+        checks.check_last_axes("layer_norm", x, normalized_shape, eps, weight, bias)
+        y = dispatch.layer_norm(x, normalized_shape, weight, bias, eps)
+    return dispatch.viewable(y)
 
 
 def rms_norm(
@@ -90,12 +96,15 @@ def rms_norm(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(rms_norm, (x,), x, normalized_shape, weight, eps)
-    if isinstance(x, Tensor) and x.is_nested:
-        return _on_nested(rms_norm, x, normalized_shape, weight, eps)
     if eps is None:
         eps = machine_eps(x)
-    checks.check_last_axes("rms_norm", x, normalized_shape, eps, weight)
-    return dispatch.viewable(dispatch.rms_norm(x, normalized_shape, weight, eps))
+    y = dispatch.at_once(RMS_NORM, (x, weight), x, normalized_shape, weight, eps, None)
+    if y is None and isinstance(x, Tensor) and x.is_nested:
+        return _on_nested(rms_norm, x, normalized_shape, weight, eps)
+    if y is None:
+        checks.check_last_axes("rms_norm", x, normalized_shape, eps, weight)
+        y = dispatch.rms_norm(x, normalized_shape, weight, eps)
+    return dispatch.viewable(y)
 
 
 def fused_add_layer_norm(
