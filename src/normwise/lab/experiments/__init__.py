@@ -9,6 +9,7 @@ from . import (
     batch_noise,
     batch_size,
     ghost_batch,
+    in_use,
     independence,
     intuition,
     numerics,
@@ -26,6 +27,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         batch_noise,
         ghost_batch,
         batch_size,
+        in_use,
         numerics,
     )
 }
