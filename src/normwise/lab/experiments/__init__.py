@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..experiment import Experiment
 from . import (
+    accumulation,
     batch_noise,
     batch_size,
     ghost_batch,
@@ -27,6 +28,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         batch_noise,
         ghost_batch,
         batch_size,
+        accumulation,
         in_use,
         numerics,
     )

@@ -1,0 +1,66 @@
+"""The verdict on gradient accumulation, and what turns it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+from normwise.lab import plots
+from normwise.lab.experiment import FAILS, HOLDS, Plan
+from normwise.lab.experiments import accumulation
+
+EXPERIMENT = accumulation.EXPERIMENT
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(accumulation, "DEPTHS", (2, 4))
+    yield
+    torch.set_num_threads(threads)
+
+
+def smoke():
+    results = {trial.name: trial.run({}) for trial in EXPERIMENT.trials(Plan("smoke"))}
+    finding = EXPERIMENT.judge(results)
+    return EXPERIMENT.verdict(finding), finding, results
+
+
+def test_it_holds(tmp_path):
+    verdict, finding, results = smoke()
+    assert verdict == HOLDS
+    assert max(max(found[way]) for found in results.values() for way in ("none", "Layer Norm", "Group Norm")) < 1e-12
+    assert finding.others["Batch Norm, running statistics, 4 norms: log10 of the error"].value > -1
+    plots.draw(EXPERIMENT, results, tmp_path)
+
+
+class PerExample(nn.BatchNorm2d):
+    def forward(self, input):
+        return nn.functional.instance_norm(input, weight=self.weight, bias=self.bias)
+
+
+class Leaking(nn.Module):
+    def forward(self, x):
+        return x - 1e-3 * x.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("batch_norm", PerExample), ("layer_norm", lambda channels: Leaking())], ids=["ignores", "leaks"]
+)
+def test_a_broken_norm_turns_it(monkeypatch, name, norm):
+    monkeypatch.setitem(accumulation.NORMS, name, norm)
+    assert smoke()[0] == FAILS
+
+
+def test_statistics_of_the_batch_make_its_outputs():
+    torch.manual_seed(0)
+    model, x = accumulation._network("batch_norm", 2).double(), torch.rand(64, 1, 8, 8, dtype=torch.float64)
+    want = model(x)
+    accumulation._take_statistics(model, x)
+    assert torch.allclose(model.eval()(x), want, rtol=1e-12, atol=1e-12)
