@@ -16,6 +16,7 @@ from . import (
     numerics,
     one_at_a_time,
     speed_stability,
+    train_eval_gap,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -28,6 +29,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         batch_noise,
         ghost_batch,
         batch_size,
+        train_eval_gap,
         accumulation,
         in_use,
         numerics,

@@ -169,7 +169,7 @@ def plot(figure: Figure, results: Results) -> None:
             axes.plot([depth] * len(found[way]), found[way], ".", color=plots.COLORS[name], markersize=3)
         middle = [sorted(found[way])[len(found[way]) // 2] for found in results.values()]
         axes.plot(DEPTHS, middle, color=plots.COLORS[name])
-        height = {"layer_norm": 0.0, "none": -9.0, "rms_norm": 9.0, "light": 7.0, "other": -1.0, "batch_norm": -8.0}[
+        height = {"layer_norm": 0.0, "none": -9.0, "rms_norm": 12.0, "light": 7.0, "other": -1.0, "batch_norm": -8.0}[
             name
         ]
         axes.annotate(
