@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from trials import judged
 
-pytest.importorskip("sklearn")
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
-from normwise.lab import plots
-from normwise.lab.experiment import FAILS, HOLDS, Plan
+from normwise.lab.experiment import FAILS, HOLDS
 from normwise.lab.experiments import accumulation
 
 EXPERIMENT = accumulation.EXPERIMENT
@@ -26,18 +22,11 @@ def _short(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def smoke():
-    results = {trial.name: trial.run({}) for trial in EXPERIMENT.trials(Plan("smoke"))}
-    finding = EXPERIMENT.judge(results)
-    return EXPERIMENT.verdict(finding), finding, results
-
-
 def test_it_holds(tmp_path):
-    verdict, finding, results = smoke()
+    verdict, finding = judged(EXPERIMENT, tmp_path)
     assert verdict == HOLDS
-    assert max(max(found[way]) for found in results.values() for way in ("none", "Layer Norm", "Group Norm")) < 1e-12
+    assert float(finding.layer_norm.split()[2]) < 1e-12
     assert finding.others["Batch Norm, running statistics, 4 norms: log10 of the error"].value > -1
-    plots.draw(EXPERIMENT, results, tmp_path)
 
 
 class PerExample(nn.BatchNorm2d):
@@ -55,7 +44,7 @@ class Leaking(nn.Module):
 )
 def test_a_broken_norm_turns_it(monkeypatch, name, norm):
     monkeypatch.setitem(accumulation.NORMS, name, norm)
-    assert smoke()[0] == FAILS
+    assert judged(EXPERIMENT)[0] == FAILS
 
 
 def test_statistics_of_the_batch_make_its_outputs():

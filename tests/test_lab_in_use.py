@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
+from trials import judged
 
 import normwise as nw
-from normwise.lab import kinds, plots
+from normwise.lab import kinds
 from normwise.lab.experiment import CORRECTED, FAILS, HOLDS, Plan
 from normwise.lab.experiments import in_use
 
@@ -120,12 +118,10 @@ PACKAGE = SimpleNamespace(
 )
 def test_the_verdict_turns_with_what_is_used(registry, llm, verdict, tmp_path):
     registry |= {"llm": llm, "cnn": nn.BatchNorm2d}
-    results = {trial.name: trial.run({}) for trial in EXPERIMENT.trials(Plan("smoke"))}
-    finding = EXPERIMENT.judge(results)
-    assert EXPERIMENT.verdict(finding) == verdict
+    found, finding = judged(EXPERIMENT, tmp_path)
+    assert found == verdict
     assert finding.others["images, convolutional: Batch Norm"].value == 100
     assert ("100.0 [93.4, 100.0] % of language models are RMSNorm" in finding.correction) == (verdict == CORRECTED)
-    plots.draw(EXPERIMENT, results, tmp_path)
 
 
 def test_what_cannot_be_built_is_named_and_counted(registry):

@@ -7,15 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("sklearn")
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
+from trials import judged
 
 import normwise.nn.batch_norm as layers
 from normwise import functional
-from normwise.lab import plots, replicates, switched
-from normwise.lab.experiment import FAILS, HOLDS, Plan
+from normwise.lab import replicates, switched
+from normwise.lab.experiment import FAILS, HOLDS
 from normwise.lab.experiments import train_eval_gap
 
 EXPERIMENT = train_eval_gap.EXPERIMENT
@@ -29,25 +26,16 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def smoke():
-    results = {}
-    for trial in EXPERIMENT.trials(Plan("smoke")):
-        results[trial.name] = trial.run(results)
-    finding = EXPERIMENT.judge(results)
-    return EXPERIMENT.verdict(finding), finding, results
-
-
 def test_it_holds_and_planted_causes_are_found(tmp_path):
-    verdict, finding, results = smoke()
+    verdict, finding = judged(EXPERIMENT, tmp_path)
     assert verdict == HOLDS
-    assert results["train layer_norm 4"][""]["changed"] == [0, 0]
+    assert finding.layer_norm.startswith("0 % of predictions change")
     planted = [sentence for sentence in finding.sentences if sentence.startswith("planted")]
     assert len(planted) == 3
     assert all(sentence.endswith(": found") for sentence in planted), planted
-    for numbers in results["train batch_norm 64"].values():
-        assert numbers["with "] == numbers["evaluation"]
-        assert max(map(abs, train_eval_gap._shares(numbers)["remainder"])) < 1e-9
-    plots.draw(EXPERIMENT, results, tmp_path)
+    remainders = [float(part.split()[1]) for s in finding.sentences for part in s.split(", ") if "remainder" in part]
+    assert len(remainders) == 2
+    assert max(remainders) < 1e-9
 
 
 def test_a_batch_norm_that_ignores_the_batch_turns_it(monkeypatch):
@@ -55,7 +43,7 @@ def test_a_batch_norm_that_ignores_the_batch_turns_it(monkeypatch):
         return functional.layer_norm(x, x.shape[1:2], weight, bias, eps)
 
     monkeypatch.setattr(layers.functional, "batch_norm", ignores)
-    assert smoke()[0] == FAILS
+    assert judged(EXPERIMENT)[0] == FAILS
 
 
 def test_a_layer_norm_that_depends_on_the_mode_turns_it(monkeypatch):
@@ -64,7 +52,7 @@ def test_a_layer_norm_that_depends_on_the_mode_turns_it(monkeypatch):
             return super().forward(x - x.mean(0) if self.training else x)
 
     monkeypatch.setattr(replicates, "LayerNorm", Leaking)
-    assert smoke()[0] != HOLDS
+    assert judged(EXPERIMENT)[0] != HOLDS
 
 
 def test_all_off_is_evaluation_and_all_on_is_training():

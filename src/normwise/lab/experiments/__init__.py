@@ -9,6 +9,7 @@ from . import (
     accumulation,
     batch_noise,
     batch_size,
+    data_parallel,
     ghost_batch,
     in_use,
     independence,
@@ -31,6 +32,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         batch_size,
         train_eval_gap,
         accumulation,
+        data_parallel,
         in_use,
         numerics,
     )

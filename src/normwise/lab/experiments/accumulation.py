@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from ... import nn as norms
 from .. import plots
+from ..data import digits
 from ..experiment import Contrast, Experiment, Finding, Numbers, Plan, Results, Trial
 from ..intervals import Effect, mean
-from ..replicates import digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,7 +185,6 @@ def plot(figure: Figure, results: Results) -> None:
     axes.set_xlim(0.7, 6.2)
     axes.set_xlabel("norms in a row")
     axes.set_ylabel("relative error of the gradient")
-    axes.set_title("Micro-batches add up to the big batch, but not around Batch Norm")
 
 
 EXPERIMENT = Experiment(

@@ -188,9 +188,6 @@ def plot(figure: Figure, results: Results) -> None:
     axes.invert_yaxis()
     axes.set_xlim(-2, 102)
     axes.set_xlabel("this norm is the most frequent, % of architectures (built)")
-    first = {group: max(KINDS, key=lambda kind: _mostly(m, kind).value) for group, m in groups.items()}
-    title = f"Language models: mostly {_name(first[LANGUAGE])}"
-    axes.set_title(title + (f"; convolutional: {_name(first[CONVOLUTIONS])}" if CONVOLUTIONS in first else ""))
 
 
 EXPERIMENT = Experiment(
