@@ -171,7 +171,7 @@ def judge(results: Results) -> Finding:
     most = max(int(case.split()[1]) for case in found)
     last = {name: found[f"{name} {most}"] for name in LAYERS}
     changed = {name: mean(numbers["changed"], "%") for name, numbers in last.items()}
-    lost = {name: _less(found[f"{name} 1"]["right"], last[name]["right"]) for name in LAYERS}
+    gained = {name: _less(last[name]["right"], found[f"{name} 1"]["right"]) for name in LAYERS}
     sync, local = last["sync_batch_norm"], last["batch_norm"]
     price = f"{sync['collectives'] / sync['norms']:g} collectives a norm and step, {sync['bytes']:,} bytes in all"
     right = mean(found["batch_norm 1"]["right"], "%")
@@ -183,7 +183,7 @@ def judge(results: Results) -> Finding:
         sentences=[
             f"SyncBatchNorm: {changed['sync_batch_norm']} change, for {price}; gradients in float32 are "
             f"{sync['gradient bytes']:,}",
-            f"local Batch Norm on {most} processes of {BATCH // most} examples: {lost['batch_norm']} less are right "
+            f"local Batch Norm on {most} processes of {BATCH // most} examples: {gained['batch_norm']} of accuracy more "
             f"than the {right} on one; {mean(local['unlike'], '%')} of predictions are not alike on all processes",
             *(f"{NAMES[n]}: weights are off by {last[n]['weights']:.1g} of their length at most" for n in LAYERS),
             *(
@@ -193,13 +193,13 @@ def judge(results: Results) -> Finding:
             ),
         ],
         correction=f"easy with SyncBatchNorm too: {changed['sync_batch_norm']} of predictions change, for {price}; and "
-        f"local Batch Norm on {BATCH // most} examples a process loses {lost['batch_norm']} of accuracy"
+        f"local Batch Norm on {BATCH // most} examples a process changes accuracy by {gained['batch_norm']}"
         if changed["sync_batch_norm"].high < EXPERIMENT.contrast.smallest
         else "",
         others={
             **{f"changed on {case.split()[1]} processes: {NAMES[case.split()[0]]}": mean(numbers["changed"], "%")
                for case, numbers in found.items() if not case.endswith(" 1")},
-            **{f"right on one process less on {most}: {NAMES[name]}": effect for name, effect in lost.items()},
+            **{f"right on {most} processes less on one: {NAMES[name]}": effect for name, effect in gained.items()},
             **{f"right on one process: {NAMES[name]}": mean(found[f"{name} 1"]["right"], "%") for name in LAYERS},
         },
     )  # fmt: skip
