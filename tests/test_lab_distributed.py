@@ -306,9 +306,9 @@ def test_two_processes_are_measured(run):
 def test_what_went_wrong_in_a_process_is_told(error):
     (ours, theirs), (other, kept) = multiprocessing.Pipe(), multiprocessing.Pipe()
     case = Case(2, 64, 1e-3, (1e-3, 1e-3))
-    theirs.send([case])
+    theirs.send((False, [case]))
     if error:
-        theirs.send(error)
+        theirs.send((True, error))
     theirs.close()
     with pytest.raises(RuntimeError, match=rf"must run; rank 1: {error or 'it ended'}; try fewer --processes\.$"):
         _collect([other, ours], (2, 4), lambda text: None)

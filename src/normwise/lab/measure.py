@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-import os
-import signal
 import statistics
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 
+from . import processes
 from .cost import Case
 
 WORLDS = (2, 4, 8)
@@ -26,9 +19,6 @@ SIZES = tuple(64 * 4**k for k in range(9))
 
 CALLS, REPEATS, WARM_UP = 5, 11, 2
 """A repeat is the mean of some calls back to back: a call alone is timed by when this process was woken."""
-
-LIMIT = 300.0
-"""Seconds without a result after which the processes hang: importing torch takes some, a number of processes ten."""
 
 
 def measure(
@@ -53,88 +43,28 @@ def measure(
     """
     if not (dist.is_available() and dist.is_gloo_available()):
         raise RuntimeError("measure: torch must have gloo; this one has not; give --latency and --bandwidth instead.")
-    context = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
-    processes = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            progress(f"starting {max(worlds)} processes")
-            with _not_interrupted():
-                for rank in range(max(worlds)):
-                    ours, theirs = context.Pipe()
-                    arguments = theirs, rank, str(Path(folder) / "store"), tuple(worlds), tuple(sizes), repeats
-                    process = context.Process(target=_serve, args=arguments, daemon=True)
-                    process.start()
-                    theirs.close()
-                    pipes.append(ours)
-                    processes.append(process)
-            return _collect(pipes, worlds, progress)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
-            for pipe in pipes:
-                pipe.close()
+    progress(f"starting {max(worlds)} processes")
+    with processes.started(max(worlds), _serve, tuple(worlds), tuple(sizes), repeats) as pipes:
+        return _collect(pipes, worlds, progress)
 
 
 def _collect(pipes: list[Connection], worlds: Sequence[int], progress: Callable[[str], None]) -> list[Case]:
-    """What rank 0 sends, as long as no process sends what went wrong or ends."""
+    """What rank 0 finds, one number of processes after the other."""
     cases: list[Case] = []
     for world in worlds:
         progress(f"all-reduces of {world} processes")
-        ready = wait(pipes, LIMIT)
-        if not ready:
-            raise RuntimeError(f"measure: it must take under {LIMIT:g} s; {world} hung; try fewer --processes.")
-        for pipe in (pipe for pipe in pipes if pipe in ready):
-            try:
-                found = pipe.recv()
-            except (EOFError, ConnectionError):
-                found = "it ended"
-            if isinstance(found, str):
-                where = f"rank {pipes.index(pipe)}"
-                raise RuntimeError(f"measure: all processes must run; {where}: {found}; try fewer --processes.")
-            cases += found
+        cases += processes.receive(pipes, "measure", "try fewer --processes")
     return cases
 
 
-@contextmanager
-def _not_interrupted() -> Iterator[None]:
-    """Processes that start here ignore Ctrl-C, which a terminal sends to them too: this one ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _serve(
-    pipe: Connection, rank: int, store: str, worlds: tuple[int, ...], sizes: tuple[int, ...], repeats: int
-) -> None:
-    """Take part in every measurement of enough processes; rank 0 sends what it finds."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo writes there
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=max(worlds),
-            timeout=datetime.timedelta(seconds=LIMIT),
-        )
-        groups = [dist.new_group(list(range(world))) for world in worlds]
-        for world, group in zip(worlds, groups, strict=True):
-            cases = _time(world, sizes, repeats, group) if rank < world else []
-            if rank == 0:
-                pipe.send(cases)
-            dist.barrier()
-    except Exception as error:
-        with suppress(OSError):
-            pipe.send(str(error).partition("\n")[0])
-    pipe.poll(None)  # until the parent ends it, or ends
+def _serve(rank: int, worlds: tuple[int, ...], sizes: tuple[int, ...], repeats: int) -> Iterator[list[Case]]:
+    """Take part in every measurement of enough processes; rank 0 tells what it finds."""
+    groups = [dist.new_group(list(range(world))) for world in worlds]
+    for world, group in zip(worlds, groups, strict=True):
+        cases = _time(world, sizes, repeats, group) if rank < world else []
+        if rank == 0:
+            yield cases
+        dist.barrier()
 
 
 def _time(world: int, sizes: tuple[int, ...], repeats: int, group: dist.ProcessGroup) -> list[Case]:

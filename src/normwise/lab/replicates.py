@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,7 +162,10 @@ class Setting:
 
 
 def train(
-    setting: Setting, data: Data, watch: Callable[[int, nn.Module], None] = lambda updates, model: None
+    setting: Setting,
+    data: Data,
+    watch: Callable[[int, nn.Module], None] = lambda updates, model: None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[nn.Module, list[Split]]:
     """SGD, no weight decay, the rate constant or falling to zero along a cosine.
 
@@ -169,28 +173,39 @@ def train(
         setting: What is trained, and how.
         data: The examples.
         watch: Told of the model after each update, and of how many there were.
+        group: Processes, each of which takes its part of every batch; their gradients are added up.
 
     Returns:
-        The model in evaluation mode, and each replicate's split. Weights and order depend on seed and fold alone.
+        The model, of the type of the examples, in evaluation mode, and each replicate's split. Weights and order depend
+        on seed and fold alone.
     """
     splits = [Split.of(len(data.x), seed, fold) for seed, fold, _ in setting.runs]
     generators = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + fold) for seed, fold, _ in setting.runs]
-    model = setting.model(generators).train()
-    rates = torch.tensor([rate for *_, rate in setting.runs]) / setting.batch
+    model = setting.model(generators).train().to(data.x.dtype)
+    rates = torch.tensor([rate for *_, rate in setting.runs], dtype=data.x.dtype) / setting.batch
+    rank, processes = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     weights, velocity = _flat(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "batch_norm: running_var must fit")  # where a rate diverges
-        for step, indices in zip(range(setting.updates), _batches(splits, generators, setting.batch), strict=False):
+        for step, all_of in zip(range(setting.updates), _batches(splits, generators, setting.batch), strict=False):
+            indices = all_of[rank::processes]
             logits = model(data.x[indices].flatten(1)).view(*indices.shape, -1)
             losses = F.cross_entropy(logits.flatten(0, 1), data.y[indices].flatten(), reduction="none").view_as(indices)
             velocity.mul_(setting.momentum)
             fall = (1 + math.cos(math.pi * step / setting.updates)) / 2 if setting.cosine else 1.0
             losses.backward((rates * fall).expand_as(losses))  # adds to the gradients, which are the velocity
-            weights.sub_(velocity)
+            weights.sub_(velocity if group is None else _added_up(velocity, group))
             watch(step + 1, model)
     for p in model.parameters():
         p.grad = None
     return model.eval(), splits
+
+
+def _added_up(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Over the processes: of the velocities it is that of their gradients' sum."""
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _flat(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from ..experiment import Experiment
 from . import (
+    accumulation,
     batch_noise,
     batch_size,
+    data_parallel,
     ghost_batch,
+    in_use,
     independence,
     intuition,
     language_model,
@@ -17,6 +20,7 @@ from . import (
     one_at_a_time,
     padding,
     speed_stability,
+    train_eval_gap,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -25,13 +29,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         speed_stability,
         intuition,
         independence,
-        one_at_a_time,
         batch_noise,
         ghost_batch,
         batch_size,
+        train_eval_gap,
+        one_at_a_time,
         language_model,
         leak,
         padding,
+        in_use,
+        data_parallel,
+        accumulation,
         numerics,
     )
 }
