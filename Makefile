@@ -77,16 +77,19 @@ fuzz: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# A run that was interrupted goes on; a finished one takes the place of what docs/evidence held.
+# $(call experiments,first seed,folder): JOBS at a time, each with one thread. An interrupted run goes on; a finished one
+# takes the place of what docs/evidence held. Lower seeds are for trying things out while an experiment is written.
+experiments = $(BIN)/normwise lab list | cut -d ' ' -f 1 | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I NAME \
+    $(BIN)/normwise lab run NAME --seed-base $(1) --results $(2) >/dev/null
+
 evidence: $(VENV)/installed-dev
-	$(BIN)/normwise lab run all --results build/evidence
+	$(call experiments,2000,build/evidence)
 	@mkdir -p docs/evidence && mv build/evidence/* docs/evidence
 	$(BIN)/python docs/write_evidence.py
 
 evidence-again: $(VENV)/installed-dev
-	$(BIN)/normwise lab run all --seed-base 1000 --results build/evidence-again
-	@mkdir -p docs/evidence/again && mv build/evidence-again/*.json docs/evidence/again
-	@rm -r build/evidence-again
+	$(call experiments,3000,build/evidence-again)
+	@mkdir -p docs/evidence/again && mv build/evidence-again/*.json docs/evidence/again && rm -r build/evidence-again
 	$(BIN)/python docs/write_evidence.py
 
 format: $(VENV)/installed-dev

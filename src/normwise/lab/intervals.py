@@ -37,7 +37,8 @@ class Effect:
             return f"{self.value:.6g}{unit}"
         spread = self.high - self.low
         decimals = max(0, 1 - math.floor(math.log10(spread))) if math.isfinite(spread) and spread > 0 else 3
-        return f"{self.value:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]{unit}"
+        value, low, high = (f"{round(v, decimals) + 0.0:.{decimals}f}" for v in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]{unit}"
 
 
 def exact(value: float, unit: str = "") -> Effect:

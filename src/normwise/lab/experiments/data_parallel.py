@@ -183,8 +183,8 @@ def judge(results: Results) -> Finding:
         sentences=[
             f"SyncBatchNorm: {changed['sync_batch_norm']} change, for {price}; gradients in float32 are "
             f"{sync['gradient bytes']:,}",
-            f"local Batch Norm on {most} processes of {BATCH // most} examples: {gained['batch_norm']} of accuracy more "
-            f"than the {right} on one; {mean(local['unlike'], '%')} of predictions are not alike on all processes",
+            f"local Batch Norm on {most} processes of {BATCH // most} examples: {gained['batch_norm']} of accuracy "
+            f"more than the {right} on one; {mean(local['unlike'], '%')} of predictions are not alike on all processes",
             *(f"{NAMES[n]}: weights are off by {last[n]['weights']:.1g} of their length at most" for n in LAYERS),
             *(
                 f"the best learning rate lies at the end of the grid: {name}"
