@@ -163,6 +163,14 @@ def test_another_plan_is_refused(tmp_path: Path, plan: Plan) -> None:
     assert (tmp_path / "counting.json").read_bytes() == before
 
 
+def test_data_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data: the experiment must use images; counting has its own data"):
+        runner.run(counting(), Plan("smoke", data=str(tmp_path)), tmp_path)
+    with pytest.raises(ValueError, match=r"data: .* must hold MNIST's"):
+        runner.run(EXPERIMENTS["batch_size"], Plan("smoke", data=str(tmp_path)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_results_of_other_code_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner.run(counting(), Plan("smoke"), tmp_path)
     monkeypatch.setattr(results, "fingerprint", lambda experiment: "other")

@@ -184,9 +184,12 @@ RESULTS = click.option(
 @RESULTS
 @click.option("--size", default="standard", show_default=True, help="smoke, standard or full.")
 @click.option("--seed-base", type=click.IntRange(0), default=0, show_default=True, help="The first seed.")
+@click.option("--data", help="A folder with files of MNIST or CIFAR-10 (binary) for batch_size, instead of the digits.")
 @click.option("--fresh", is_flag=True, help="Forget earlier results first; else what has run is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def run(names: tuple[str, ...], results: Path, size: str, seed_base: int, fresh: bool, as_json: bool) -> None:
+def run(
+    names: tuple[str, ...], results: Path, size: str, seed_base: int, data: str | None, fresh: bool, as_json: bool
+) -> None:
     """Run experiments by NAME, or all; what an interrupted run has found is kept.
 
     Each writes NAME.json, with every raw number, and its plot, NAME.svg and NAME.png.
@@ -196,7 +199,7 @@ def run(names: tuple[str, ...], results: Path, size: str, seed_base: int, fresh:
     from .lab.experiments import chosen
 
     try:
-        experiments, plan = chosen(names), laboratory.plan(size, seed_base)
+        experiments, plan = chosen(names), laboratory.plan(size, seed_base, data)
         with progress.shown(experiments) as show:
             for experiment in experiments:
                 laboratory.run(experiment, plan, results, fresh=fresh, progress=partial(show, experiment))

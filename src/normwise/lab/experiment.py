@@ -138,6 +138,7 @@ class Experiment:
         trials: Everything to do, in order.
         judge: From the numbers of all trials to what they say.
         plot: Draws them.
+        takes_data: Whether it can use a folder's images.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Experiment:
     trials: Callable[[Plan], list[Trial]]
     judge: Callable[[Results], Finding]
     plot: Callable[[Figure, Results], None]
+    takes_data: bool = False
 
     def verdict(self, finding: Finding) -> str:
         """Holds, holds corrected, does not hold or undecided."""

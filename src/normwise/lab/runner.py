@@ -36,10 +36,13 @@ def run(
         The complete record.
 
     Raises:
-        ValueError: If the folder holds results of another size, seed or code, or cannot be written.
+        ValueError: If the folder holds results of another size, seed or code, or cannot be written, or data is given
+            that the experiment does not use.
         RuntimeError: If a package of the lab is missing.
     """
     results.need_packages()
+    if plan.data is not None and not experiment.takes_data:
+        raise ValueError(f"data: the experiment must use images; {experiment.name} has its own data; leave it out.")
     trials = experiment.trials(plan)
     record = None if fresh else results.load(folder, experiment.name)
     code = results.fingerprint(experiment)

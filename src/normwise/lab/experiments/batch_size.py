@@ -81,6 +81,7 @@ def _epochs(plan: Plan) -> float:
 
 def trials(plan: Plan) -> list[Trial]:
     """Each case is tuned, then trained with the seeds that count, all at once."""
+    images(plan.data)  # what cannot be read is told before anything runs
     batches = plan.choose((64, 2), BATCHES, BATCHES)
     cases = [f"{model} {norm} {batch}" for model in MODELS for batch in batches for norm in NORMS]
     if 1 not in batches:
@@ -205,4 +206,5 @@ EXPERIMENT = Experiment(
     trials=trials,
     judge=judge,
     plot=plot,
+    takes_data=True,
 )
