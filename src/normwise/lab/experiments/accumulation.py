@@ -181,8 +181,8 @@ def plot(figure: Figure, results: Results) -> None:
             va="center",
         )
     axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    axes.margins(x=0.12)
-    axes.set_xlim(0.7, 6.2)
+    axes.margins(y=0.09)
+    axes.set_xlim(0.7, 5.6)
     axes.set_xlabel("norms in a row")
     axes.set_ylabel("relative error of the gradient")
 
