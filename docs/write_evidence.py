@@ -47,10 +47,9 @@ def _machine(row: Row) -> str:
 def _section(row: Row) -> str:
     experiment, contrast = row.experiment, row.experiment.contrast
     bound = f"within ±{contrast.smallest:g}" if contrast.equal else f"{contrast.smallest:g} or more"
-    anchor = experiment.name.replace("_", "-")
     question, _, method = experiment.method.strip().partition("\n\n")
     lines = [
-        f'## <a name="{anchor}"></a>{experiment.aspect}\n',
+        f"## {experiment.aspect}\n",
         f'"{experiment.claim}" **{row.judgement[0].upper()}{row.judgement[1:]}.**\n',
         f"Contrast: {contrast.text}: **{table.escaped(str(row.finding.effect))}**; the claim holds at {bound}.\n",
         f"![{experiment.aspect}](evidence/{experiment.name}.svg)\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import cases
 import pytest
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed(request: pytest.FixtureRequest) -> None:
     """The same numbers for a test whatever else runs, and others for each test."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Experiments run small operations: beside another test's threads, their own would mostly wait."""
+    before = torch.get_num_threads()
+    if request.node.path.name.startswith("test_lab_"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

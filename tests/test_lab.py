@@ -277,7 +277,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     code, out, _ = run("lab", "table", "--json", "--results", folder)
     assert (code, json.loads(out)[0]["verdict"]) == (0, UNDECIDED)
     code, out, _ = run("lab", "table", "--markdown", "--results", folder)
-    assert "| [Counts](#counting) | one | the other |" in out
+    assert "| [Counts](#counts) | one | the other |" in out
     code, out, _ = run("lab", "show", "counting", "--results", folder)
     assert "1.5 [-0.6, 3.6] things; the claim holds at 1 or more" in out
     assert run("lab", "list")[1] == "counting  Seeds are large.\n"

@@ -98,7 +98,8 @@ def to_markdown(found: Sequence[Row], page: str = "") -> str:
     lines = [f"| {' | '.join(TITLES)} |", "|---|---|---|---|"]
     for row in found:
         aspect, *others = map(escaped, row.cells)
-        lines.append(f"| [{aspect}]({page}#{row.experiment.name.replace('_', '-')}) | {' | '.join(others)} |")
+        anchor = re.sub(r"[^\w -]", "", row.experiment.aspect.lower()).replace(" ", "-")  # as GitHub makes them
+        lines.append(f"| [{aspect}]({page}#{anchor}) | {' | '.join(others)} |")
     return "\n".join(lines) + "\n"
 
 
