@@ -70,6 +70,8 @@ def test_a_share_covers_at_least_as_often() -> None:
 def test_exact_ones_agree_if_they_are_equal() -> None:
     assert agrees(exact(3), exact(3))
     assert not agrees(exact(3), exact(4))
+    assert agrees(share(60, 1000), share(64, 1000))
+    assert not agrees(share(60, 1000), share(100, 1000))
 
 
 @pytest.mark.parametrize(

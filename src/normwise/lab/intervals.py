@@ -98,8 +98,8 @@ def agrees(first: Effect, second: Effect) -> bool:
     error = math.hypot(first.error, second.error)
     if error == 0:
         return first.low <= second.high and second.low <= first.high
-    freedom = error**4 / sum(e.error**4 / e.freedom for e in (first, second) if e.error) if error else math.inf
-    return abs(first.value - second.value) <= quantile(freedom) * error
+    shares = sum((e.error / error) ** 4 / e.freedom for e in (first, second))
+    return abs(first.value - second.value) <= quantile(1 / shares if shares else math.inf) * error
 
 
 def quantile(freedom: float) -> float:
