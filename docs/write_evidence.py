@@ -20,8 +20,8 @@ from the results in [evidence/](evidence/), which `make evidence` measures anew;
 A verdict is computed: each experiment has one contrast with a smallest effect of interest, both fixed before it ran.
 The claim *holds* if the 95 % confidence interval lies beyond that effect, *does not hold* if it lies short of it, and
 is *undecided* otherwise; it holds *corrected* if its words reach further than the numbers. Intervals are over seeds, on
-these data and models: they do not say how far a result carries to others. The seeds are not those with which the
-experiments were written.
+these data and models, at the learning rates that one tuning found: they do not say how far a result carries to others,
+and another tuning can move an estimate further. The seeds are not those with which the experiments were written.
 """
 
 

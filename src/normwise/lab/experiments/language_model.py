@@ -91,7 +91,7 @@ def trials(plan: Plan) -> list[Trial]:
         shallow = depth == DEPTHS[0]
         updates = plan.choose(25, 500, 3000) if shallow else plan.choose(0, 250, 3000)
         tuning = range(base + 900, base + 900 + (plan.choose(1, 2, 3) if shallow else 1))
-        seeds = plan.seeds() if shallow else plan.seeds(0, 3, 10)
+        seeds = plan.seeds(3, 20, 30) if shallow else plan.seeds(0, 3, 10)  # ten leave an interval of ±0.023
         grid = plan.choose(GRIDS[2][1:], GRIDS[depth], GRIDS[depth])
         for norm in NORMS:
             setting = Setting(norm, updates, plan.choose(4, 16, 16), depth)
