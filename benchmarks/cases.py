@@ -160,16 +160,16 @@ class Problem:
 
 
 @lru_cache(maxsize=1)
-def draw(case: Case, seed: int) -> Problem:
+def draw(case: Case, seed: int, device: str = "cpu") -> Problem:
     """Random numbers for a case, the same for both of its passes.
 
     x has mean and standard deviation 1. The cotangents have a mean that is not zero: for the sums of many norms that is
     the only case in which a lost term shows.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(shape: tuple[int, ...], mean: float, std: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator).mul_(std).add_(mean).to(case.dtype)
+        values = torch.randn(shape, generator=generator, device=device).mul_(std).add_(mean).to(case.dtype)
         return values.to(memory_format=torch.channels_last) if case.channels_last and len(shape) == 4 else values
 
     channels = (case.shape[case.op.channels],)

@@ -1,19 +1,21 @@
 """Which implementation of the operators runs on which device here, and why not a faster one.
 
 The CPU kernels are one shared library for each instruction set. Loading it registers them with PyTorch's dispatcher, in
-place of the reference. ``NORMWISE_CPU`` forces one of avx512, avx2, baseline (on 64-bit ARM: neon) or reference, or is
-the path of a library built elsewhere, such as the one of ``make sanitize``.
+place of the reference; the Triton kernels are registered for CUDA where the operators are declared. ``NORMWISE_CPU``
+forces one of avx512, avx2, baseline (on 64-bit ARM: neon) or reference, or is the path of a library built elsewhere,
+such as the one of ``make sanitize``.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from . import memory
+from . import memory, triton
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """For each capability of the chip, as torch names it, the libraries that run on it, the fastest first."""
@@ -32,8 +34,15 @@ def backends() -> dict[str, str]:
         ['cpu', 'cuda']
     """
     threads = torch.get_num_threads()
-    cuda = "reference" if torch.cuda.is_available() else "unavailable: no CUDA device"
-    return {"cpu": f"{_cpu}, {threads} thread{'s' if threads > 1 else ''}", "cuda": cuda}
+    return {"cpu": f"{_cpu}, {threads} thread{'s' if threads > 1 else ''}", "cuda": _cuda()}
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "unavailable: no CUDA device"
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = triton.unusable(device)
+    return f"reference ({reason})" if reason else f"triton {version('triton')}, {torch.cuda.get_device_name(device)}"
 
 
 def instruction_set() -> str:

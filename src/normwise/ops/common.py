@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import triton
 from ..reference import Gradients, Normalized, Statistics
 
 AFFINE = "Tensor? weight, Tensor? bias, float eps"
@@ -16,14 +17,20 @@ GRADIENTS = "Tensor? weight, ScalarType? bias_dtype, bool[3] output_mask"
 OPS = torch.ops.normwise
 """The operators, each called by its one overload: PyTorch then has none to choose."""
 
+REFERENCE: dict[str, Callable[..., Any]] = {}
+"""What implements each operator for any device."""
+
 _library = torch.library.Library("normwise", "DEF")
 
 
 def declare(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Declare an operator with its implementation for any device and its rule of shapes and types."""
+    """Declare an operator with its implementation for any device, that for CUDA, and its rule of shapes and types."""
     name = schema.partition("(")[0]
+    REFERENCE[name] = implementation
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
+    if name in triton.MODULES and not triton.missing():
+        _library.impl(name, triton.at_first_call(name, implementation), "CUDA")
     torch.library.register_fake(f"normwise::{name}", fake, lib=_library)
 
 
