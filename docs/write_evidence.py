@@ -1,15 +1,20 @@
-"""Writes evidence.md and the README's table of claims from the results in evidence/, which `make evidence` measures."""
+"""Writes evidence.md, the README's claims and what the page quotes, from evidence/, which `make evidence` measures."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
-from normwise.lab import table
+from normwise.lab import results, table
 from normwise.lab.experiments import EXPERIMENTS
 from normwise.lab.table import Row
 
 DOCS = Path(__file__).parent
+QUOTED = ("leak",)
+"""The experiments whose effect the interactive page shows beside its own numbers."""
 BEGIN, END = "<!-- claims: written by docs/write_evidence.py -->\n", "<!-- claims end -->\n"
 
 HEAD = """# Evidence
@@ -27,21 +32,56 @@ and another tuning can move an estimate further. The seeds are not those with wh
 
 def page(first: list[Row], second: list[Row]) -> str:
     """All of evidence.md."""
-    parts = [HEAD, *_environment(first), table.to_markdown(first)]
+    parts = [HEAD, *_environment(first, second), table.to_markdown(first)]
     parts += [_section(row) for row in first]
     return "\n".join([*parts, *_again(first, second)])
 
 
-def _environment(rows: list[Row]) -> list[str]:
-    about = sorted({_machine(row) for row in rows})
-    seeds = sorted({f"{row.record.plan.size}, seeds from {row.record.plan.seed_base}" for row in rows})
-    minutes = sum(sum(row.record.seconds.values()) for row in rows) / 60
-    return [f"Measured on {'; '.join(about)}. Size {'; '.join(seeds)}; {minutes:.0f} minutes in all.\n"]
+def _environment(first: list[Row], second: list[Row]) -> list[str]:
+    about = sorted({_machine(row) for row in first})
+    plans = sorted({f"{row.record.plan.size}, seeds from {row.record.plan.seed_base}" for row in first})
+    spans = [_span(row) for row in first]
+    most = max(sum(a <= start < b for a, b in map(_span, [*first, *second])) for start, _ in spans)
+    added = sum(end - start for start, end in spans) / 60
+    loads = [row.record.environment["load"] or 0.0 for row in first]
+    return [
+        f"Measured on {'; '.join(about)}; {_norms(first)}. Size {'; '.join(plans)}. Up to {most} experiments ran at a "
+        f"time: {_clock(spans) / 60:.0f} minutes by the clock, {added:.0f} added up, "
+        f"on a machine with a load of {min(loads)} to {max(loads)} before each began. {_code([*first, *second])}\n"
+    ]
 
 
 def _machine(row: Row) -> str:
     env = row.record.environment
     return f"{env['processor']}, {env['cores']} cores, torch {env['torch']}, Python {env['python']}, {env['date'][:10]}"
+
+
+def _norms(rows: list[Row]) -> str:
+    """What ran them, which not every result says."""
+    named = {row.experiment.name: row.record.environment.get("norms", {}).get("cpu") for row in rows}
+    unknown = [name for name, norms in named.items() if norms is None]
+    by = ", ".join(sorted({norms for norms in named.values() if norms}))
+    return f"the norms by {by}" + (f" (not recorded of {', '.join(unknown)})" if unknown else "")
+
+
+def _span(row: Row) -> tuple[float, float]:
+    """When it ran, in seconds."""
+    start = datetime.fromisoformat(row.record.environment["date"]).timestamp()
+    return start, start + sum(row.record.seconds.values())
+
+
+def _clock(spans: list[tuple[float, float]]) -> float:
+    """How long one or more ran."""
+    total = until = 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def _code(rows: list[Row]) -> str:
+    other = sorted({r.experiment.name for r in rows if r.record.code != results.fingerprint(r.experiment)})
+    return f"The code of these has changed since: {', '.join(other)}." if other else "Their code has not changed since."
 
 
 def _section(row: Row) -> str:
@@ -68,19 +108,23 @@ def _again(first: list[Row], second: list[Row]) -> list[str]:
         return []
     found = table.agreement(first, second)
     same = sum(a == b for _, a, b in found["verdicts"])
-    agree = [effect for effect in found["effects"] if effect[-1]]
+    of = Counter(name for name, *_ in found["effects"])
+    agree = Counter(name for name, *_, fits in found["effects"] if fits)
+    least = min(of, key=lambda name: agree[name] / of[name])
+    fit, all_of, exact = sum(agree.values()), sum(of.values()), sum(fits for *_, fits in found["exact"])
     lines = [
         "## The same again, with other seeds\n",
         f"A second run, seeds from {second[0].record.plan.seed_base}, gives the same verdict in {same} of "
-        f"{len(found['verdicts'])} experiments. Of {len(found['effects'])} estimates {len(agree)} "
-        f"({len(agree) / len(found['effects']):.0%}) lie where the first run's say, at 95 %: as far from them as both "
-        "intervals allow. Those that do not, and the verdicts that changed:\n",
+        f"{len(found['verdicts'])} experiments. Of {all_of} estimates that depend on the seeds {fit} "
+        f"({fit / all_of:.0%}) lie where the first run's say, at 95 %: as far from them as both intervals allow; "
+        f"fewest in {least}, {agree[least]} of {of[least]}. Of {len(found['exact'])} others, without a sampling error "
+        f"or without seeds, {exact} are the same. Those that do not agree, and the verdicts that changed:\n",
         "| experiment | | first | again |\n|---|---|---|---|",
     ]
     lines += [f"| {name} | verdict | {a} | {b} |" for name, a, b in found["verdicts"] if a != b]
     lines += [
         f"| {name} | {table.escaped(what)} | {table.escaped(str(a))} | {table.escaped(str(b))} |"
-        for name, what, a, b, fits in found["effects"]
+        for name, what, a, b, fits in [*found["effects"], *found["exact"]]
         if not fits
     ]
     return ["\n".join(lines) + "\n"]
@@ -95,13 +139,31 @@ def readme(text: str, rows: list[Row]) -> str:
     return before + BEGIN + table.to_markdown(rows, "docs/evidence.md") + END + after
 
 
+def quoted(rows: list[Row]) -> str:
+    """web/src/evidence.json: the effect of each experiment that the page quotes."""
+    found = {
+        row.experiment.name: {
+            **{key: getattr(row.finding.effect, key) for key in ("value", "low", "high", "unit")},
+            "claim": row.experiment.claim,
+            "verdict": row.judgement,
+        }
+        for row in rows
+        if row.experiment.name in QUOTED
+    }
+    missing = [name for name in QUOTED if name not in found]
+    if missing:
+        raise ValueError(f"docs/evidence must have what the page quotes; {', '.join(missing)} is missing; run it.")
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
-    """Write both."""
+    """Write them all."""
     experiments = list(EXPERIMENTS.values())
     first = table.rows(DOCS / "evidence", experiments)
     second = table.rows(DOCS / "evidence" / "again", experiments)
     written = re.sub(r"\n{3,}", "\n\n", page(first, second))
     (DOCS / "evidence.md").write_text(written, encoding="utf-8")
+    (DOCS.parent / "web" / "src" / "evidence.json").write_text(quoted(first), encoding="utf-8")
     path = DOCS.parent / "README.md"
     path.write_text(readme(path.read_text(encoding="utf-8"), first), encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import signal
@@ -181,12 +182,41 @@ def test_results_of_other_code_are_not_mixed(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_fingerprint_is_of_what_an_experiment_uses() -> None:
-    found: dict[str, bytes] = {}
-    results._collect(EXPERIMENTS["ghost_batch"].trials.__module__, found)
+    found = results.sources(EXPERIMENTS["ghost_batch"])
     assert {name.removeprefix("normwise.lab.") for name in found} >= {"experiments.ghost_batch", "replicates"}
-    assert not any("plots" in name or "independence" in name for name in found)
+    assert not any(word in name for word in ("plots", "intervals", "independence") for name in found)
     codes = {name: results.fingerprint(experiment) for name, experiment in EXPERIMENTS.items()}
     assert len({*codes.values()}) == len(codes)
+
+
+@pytest.mark.parametrize(("name", "used"), [("language_model", "replicates"), ("data_parallel", "processes")])
+def test_the_fingerprint_is_also_of_modules_imported_whole(name: str, used: str) -> None:
+    assert f"normwise.lab.{used}" in results.sources(EXPERIMENTS[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (("def judge(", "def judge(more, "), True),
+        (("def plot(", "def plot(more, "), True),
+        (("method=__doc__", 'method="other"'), True),
+        (("import copy", "import cmath\nimport copy"), True),
+        (("ROUNDING = 1e-12", "ROUNDING = 1e-13"), True),
+        (("BATCH, PART, CHANNELS = 64, 16, 8", "BATCH, PART, CHANNELS = 64, 32, 8"), False),
+        (("@torch.no_grad()", "@torch.enable_grad()"), False),
+        (("optimizer.step()", "optimizer.step() or None"), False),
+        (("plan.choose(10, 50, 50)", "plan.choose(10, 60, 50)"), False),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_the_fingerprint_is_of_what_makes_the_numbers(
+    change: tuple[str, str], same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, text = EXPERIMENTS["accumulation"], results._text
+    before = results.fingerprint(experiment)
+    assert change[0] in text(sys.modules[experiment.trials.__module__])
+    monkeypatch.setattr(results, "_text", lambda module: text(module).replace(*change))
+    assert (results.fingerprint(experiment) == before) == same
 
 
 @pytest.mark.parametrize(
@@ -198,6 +228,54 @@ def test_a_file_that_is_not_ours_is_told_and_kept(tmp_path: Path, text: str) -> 
     with pytest.raises(ValueError, match=r"must be a result file of schema 1; .*; delete it"):
         runner.run(counting(), Plan("smoke"), tmp_path)
     assert path.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"experiment": "../counting"},
+        {"trials": [1, 2]},
+        {"trials": None},
+        {"seconds": [1]},
+        {"seconds": {"0": "1"}},
+        {"environment": None},
+    ],
+    ids=str,
+)
+def test_a_file_with_other_parts_is_told_and_nothing_is_written_elsewhere(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    runner.run(counting(), Plan("smoke"), tmp_path / "in")
+    path = tmp_path / "in" / "counting.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"must be a result file of schema 1; .*; delete it"):
+        runner.run(counting(), Plan("smoke"), tmp_path / "in")
+    assert [*tmp_path.iterdir()] == [tmp_path / "in"]
+
+
+def test_a_file_nested_too_deep_is_told(tmp_path: Path) -> None:
+    (tmp_path / "counting.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="must be a result file of schema 1; RecursionError"):
+        results.load(tmp_path, "counting")
+
+
+@pytest.mark.parametrize("trials", [{"0": {}}, {"0": {"value": "x"}}, {"0": {"value": 1}}, {"0": 1}], ids=str)
+def test_numbers_of_another_version_are_told(tmp_path: Path, trials: dict[str, Any]) -> None:
+    runner.run(counting(), Plan("smoke"), tmp_path)
+    path = tmp_path / "counting.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"planned": 1, "trials": trials}))
+    with pytest.raises(
+        ValueError, match=r"must have the numbers that counting judges by; .*; run it anew with --fresh"
+    ):
+        table.rows(tmp_path, [counting()])
+
+
+def test_a_plot_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "counting.svg").mkdir()
+    with pytest.raises(
+        ValueError, match=r"plot: .*counting\.svg and \.png must be writable; .*; choose another folder"
+    ):
+        runner.run(counting(), Plan("smoke"), tmp_path)
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -296,6 +374,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["run", "all", "--seed-base", "-1"], "'--seed-base'"),
         (["show", "counting"], "it holds none of counting; run normwise lab run counting"),
         (["table"], "it holds none of them; run normwise lab run all"),
+        (["table", "--markdown", "--json"], "--markdown and --json exclude each other"),
     ],
     ids=str,
 )
@@ -313,6 +392,45 @@ def test_what_the_command_line_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_one_experiment_lacks_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(results: Any) -> dict[str, Any]:
+        raise RuntimeError("lacking: a package must be installed; it is not; install it.")
+
+    lacking = dataclasses.replace(counting(), name="lacking", trials=lambda plan: [Trial("0", refuse)])
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    for experiment in (lacking, counting(), dataclasses.replace(counting(), name="more")):
+        monkeypatch.setitem(EXPERIMENTS, experiment.name, experiment)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return run_cli("lab", *arguments, "--json", "--results", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+
+    code, out, err = run("run", "all", "--size", "smoke")
+    assert (code, [row["experiment"] for row in json.loads(out)]) == (2, ["counting", "more"])
+    assert err.endswith("normwise: lacking: a package must be installed; it is not; install it.\n")
+    assert [row["experiment"] for row in json.loads(run("show", "all")[1])] == ["counting", "more"]
+
+
+@pytest.mark.usefixtures("only_counting")
+def test_what_is_shown_fits_the_terminal_and_its_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = dataclasses.replace(
+        counting(), claim="Long " * 30, method="What?\n\n" + "σ² κ √N 10⁴ 10⁶ " * 20, contrast=Contrast("seed " * 30, 1)
+    )
+    monkeypatch.setitem(EXPERIMENTS, "counting", long)
+    runner.run(long, Plan("smoke"), tmp_path)
+    code, out, _ = run_cli(
+        "lab", "show", "counting", "--results", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert cli._encodable("σ² κ √N 10⁴ 10⁶") == "sigma^2 kappa sqrtN 10^4 10^6"
+
+
 def test_agreement_of_two_runs(tmp_path: Path) -> None:
     experiment = counting()
     for name, plan in {"first": Plan("smoke"), "second": Plan("smoke", 1), "third": Plan("smoke", 50)}.items():
@@ -322,6 +440,22 @@ def test_agreement_of_two_runs(tmp_path: Path) -> None:
     found = table.agreement(first, third)
     assert not found["effects"][0][-1]
     assert found["verdicts"] == [("counting", UNDECIDED, HOLDS)]
+
+
+def test_only_what_the_seeds_move_is_counted_as_agreeing() -> None:
+    """One estimate has an interval and one has none; of the same trials neither is moved by seeds."""
+
+    def row(seed: int, exactly: float = 0.0) -> table.Row:
+        record = results.Record("counting", Plan("smoke", seed), "", 1, {}, {"0": {"value": seed}}, {})
+        return table.Row(
+            counting(), record, Finding(mean([seed, seed + 1.0]), "", "", others={"exact": exact(exactly)})
+        )
+
+    found = table.agreement([row(0)], [row(1)])
+    assert [[entry[1] for entry in found[kind]] for kind in ("effects", "exact")] == [["the seed"], ["exact"]]
+    assert found["exact"][0][-1]
+    assert not table.agreement([row(0)], [row(1, 1e-9)])["exact"][0][-1]
+    assert table.agreement([row(0)], [row(0)])["effects"] == []
 
 
 def test_names_are_file_names_and_all_is_none_of_them() -> None:

@@ -12,7 +12,7 @@ from trials import judged
 
 import normwise as nw
 from normwise.lab import kinds
-from normwise.lab.experiment import CORRECTED, FAILS, HOLDS, Plan
+from normwise.lab.experiment import FAILS, HOLDS, UNDECIDED, Plan
 from normwise.lab.experiments import in_use
 
 EXPERIMENT = in_use.EXPERIMENT
@@ -90,7 +90,7 @@ class Attention(nn.Identity):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """Forty of each, of whatever norm each is given."""
+    """160 of each, of whatever norm each is given."""
     chosen: dict[str, type[nn.Module]] = {}
 
     def build(package, task, model_type):
@@ -100,7 +100,7 @@ def registry(monkeypatch):
         return nn.Sequential(norm(8), nn.Identity() if task == "images" else Attention())
 
     names = {"causal language": ["llm", "broken"], "images": ["cnn"], "image backbones": []}
-    listed = lambda task: [f"{name} {i}" for name in names[task] for i in range(160 if name == "llm" else 1)]  # noqa: E731
+    listed = lambda task: [f"{name} {i}" for name in names[task] for i in range(160 if name != "broken" else 1)]  # noqa: E731
     monkeypatch.setattr(in_use, "_architectures", listed)
     monkeypatch.setattr(in_use, "_build", build)
     monkeypatch.setitem(sys.modules, "transformers", PACKAGE)
@@ -113,15 +113,26 @@ PACKAGE = SimpleNamespace(
 
 
 @pytest.mark.parametrize(
-    ("llm", "verdict"),
-    [(nn.LayerNorm, HOLDS), (T5LayerNorm, CORRECTED), (nn.BatchNorm1d, FAILS), (lambda size: nn.Identity(), FAILS)],
+    ("cnn", "llm", "verdict"),
+    [
+        (nn.BatchNorm2d, nn.LayerNorm, HOLDS),
+        (nn.BatchNorm2d, T5LayerNorm, FAILS),
+        (nn.BatchNorm2d, nn.BatchNorm1d, FAILS),
+        (nn.BatchNorm2d, lambda size: nn.Identity(), FAILS),
+        (nn.LayerNorm, nn.LayerNorm, FAILS),
+    ],
 )
-def test_the_verdict_turns_with_what_is_used(registry, llm, verdict, tmp_path):
-    registry |= {"llm": llm, "cnn": nn.BatchNorm2d}
+def test_each_half_turns_the_verdict(registry, cnn, llm, verdict, tmp_path):
+    registry |= {"llm": llm, "cnn": cnn}
     found, finding = judged(EXPERIMENT, tmp_path)
     assert found == verdict
-    assert finding.others["images, convolutional: Batch Norm"].value == 100
-    assert ("100.0 [93.4, 100.0] % of language models are RMSNorm" in finding.correction) == (verdict == CORRECTED)
+    assert finding.effect.value == (100 if verdict == HOLDS else 0)
+
+
+def test_without_a_convolutional_network_nothing_is_decided(registry):
+    registry |= {"llm": nn.LayerNorm}
+    found = {"causal language": in_use._count("causal language", 1, {})}
+    assert EXPERIMENT.verdict(EXPERIMENT.judge(found)) == UNDECIDED
 
 
 def test_what_cannot_be_built_is_named_and_counted(registry):
@@ -129,13 +140,16 @@ def test_what_cannot_be_built_is_named_and_counted(registry):
     found = {task: in_use._count(task, 1, {}) for task in ("causal language", "images")}
     assert found["causal language"]["failed"] == {"broken 0": "RuntimeError: no such thing"}
     text = "\n".join(EXPERIMENT.judge(found).sentences)
-    assert "had the 1 language models that cannot be built no such norm: 99.4 [96.6, 100.0] %" in text
+    assert (
+        "had the 1 language models that cannot be built another norm, Layer Norm were that of 99.4 [96.6, 100.0] %"
+        in text
+    )
     assert "causal language, not built: broken 0" in text
 
 
 def test_without_the_package_it_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"^in_use: transformers must be installed; it is not; run `[^`]+`\.$"):
+    with pytest.raises(RuntimeError, match=r"^in_use: transformers must be installed; it is not; run `[^`]+`\.$"):
         EXPERIMENT.trials(Plan("smoke"))[0].run({})
 
 

@@ -11,7 +11,7 @@ from normwise.lab import language
 from normwise.lab.experiment import CORRECTED, FAILS, HOLDS, UNDECIDED, Plan
 from normwise.lab.experiments import language_model
 
-TEXT = {"python": "3", "bytes": {"test": 1}, "sha256": {}, "n-grams": {"1": {"nats": 3.0}}}
+TEXT = {"python": "3", "bytes": {"test": 1}, "sha256": {}, "n-grams": {"3": {"nats": 2.05}}, "updates": {"2": 1000}}
 CURVE = {"rates": [0.001, 0.01, 0.1], "nats": [3.0, 2.0, 4.0], "best": 0.01, "inside": True}
 
 
@@ -23,6 +23,25 @@ def judged(batch_norm, none):
         results[f"train {norm} 2"] = {"running": [2 + gap + 0.001 * gap * seed for seed in range(3)]}
     finding = language_model.judge(results)
     return language_model.EXPERIMENT.verdict(finding), finding.correction
+
+
+def test_it_says_what_counting_does_and_the_gap_at_6_layers():
+    losses = {"2": {"layer_norm": 2.0, "batch_norm": 2.01}, "6": {"layer_norm": 2.1, "batch_norm": 2.2}}
+    results = {"text": TEXT | {"updates": {"2": 1000, "6": 250}}}
+    for depth, of in losses.items():
+        for norm in language_model.NORMS:
+            loss = of.get(norm, of["layer_norm"])
+            results[f"tune {norm} {depth}"] = CURVE
+            results[f"train {norm} {depth}"] = {"running": [loss, loss + 0.01]}
+    finding = language_model.judge(results)
+    assert finding.batch_norm.endswith("; at 6 layers 0.1 nats over Layer Norm")
+    assert ", 1,000 updates; " in finding.layer_norm
+    assert "2 layers, 1,000 updates: all models predict better than counting 3 bytes; the worst by +0.035 nats" in (
+        finding.sentences
+    )
+    assert "6 layers, 250 updates: not all models predict better than counting 3 bytes; the worst by -0.155 nats" in (
+        finding.sentences
+    )
 
 
 def test_the_verdict_follows_the_losses():
@@ -41,6 +60,7 @@ def test_the_smoke_run_and_one_whose_batch_norm_is_layer_norm(monkeypatch):
     results = {"text": TEXT, "tune none 2": CURVE}
     for trial in trials:
         results[trial.name] = trial.run(results)
+    results["train none 2"] = results["train layer_norm 2"]
     assert language_model.judge(results).effect.value > 0
     assert set(results["train batch_norm 2"]) == {"running", "re-estimated", "training mode"}
 

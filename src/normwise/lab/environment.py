@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from ..kernels import backends
+
 PACKAGES = ("normwise", "numpy", "scikit-learn", "scipy", "transformers")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and date; ``load`` is the processors in use just before, by anyone."""
+    """Versions, machine, what runs the norms, and date; ``load`` is the processors in use just before, by anyone."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "torch": torch.__version__,
@@ -24,6 +26,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "norms": backends(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

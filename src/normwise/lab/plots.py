@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.12,
     "svg.hashsalt": "normwise",
     "svg.fonttype": "path",
 }
@@ -51,10 +52,26 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> None:
         FigureCanvasAgg(figure)
         figure.suptitle(title(experiment, results), x=0.01, horizontalalignment="left", fontsize=10)
         experiment.plot(figure, results)
+        set_apart(figure)
         for kind, metadata in {"svg": {"Date": None}, "png": {"Software": None}}.items():
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=150, metadata=metadata)
             files.write(folder / f"{experiment.name}.{kind}", data.getvalue())
+
+
+def set_apart(figure: Figure) -> None:
+    """Lift labels that cover the one below."""
+    from matplotlib.text import Annotation
+
+    figure.canvas.draw()
+    labels = [text for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
+    labels.sort(key=lambda label: label.get_window_extent().y0)
+    for i, label in enumerate(labels):
+        for other in labels[:i]:
+            if label.get_window_extent().overlaps(other.get_window_extent()):
+                x, y = label.xyann
+                lift = other.get_window_extent().y1 - label.get_window_extent().y0
+                label.xyann = x, y + (lift + 1) * 72 / figure.dpi
 
 
 def title(experiment: Experiment, results: Results) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .. import files
@@ -16,6 +19,8 @@ from .experiment import Experiment, Finding, Numbers, Plan
 
 SCHEMA = 1
 LAB = __name__.rpartition(".")[0]
+JUDGING = (f"{LAB}.intervals", f"{LAB}.plots")
+IMPORTS = (ast.Import, ast.ImportFrom)
 PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib"}
 
 
@@ -114,6 +119,12 @@ def load(folder: Path, name: str) -> Record | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["schema"] != SCHEMA:
             raise KeyError("schema")
+        if found["experiment"] != name:
+            raise KeyError("experiment")  # it names the file that is written next
+        for key in ("environment", "trials", "seconds"):
+            if not isinstance(found[key], dict):
+                raise KeyError(key)
+        sum(found["seconds"].values())  # which are numbers
         return Record(
             found["experiment"],
             Plan(found["size"], found["seed_base"], found["data"]),
@@ -127,7 +138,7 @@ def load(folder: Path, name: str) -> Record | None:
         return None
     except OSError as error:
         raise ValueError(f"results: {path} must be readable; {error.strerror}; choose another folder.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"results: {path} must be a result file of schema {SCHEMA}; {type(error).__name__} at {error}; delete it."
         ) from None
@@ -136,17 +147,55 @@ def load(folder: Path, name: str) -> Record | None:
 def fingerprint(experiment: Experiment) -> str:
     """Of the code that makes an experiment's numbers: trials of other code are not mixed with its own.
 
-    It is of the experiment's module and of those of the lab that it uses, plots apart.
+    Judging and drawing are none of it: they begin from the numbers each time.
     """
-    found: dict[str, bytes] = {}
-    _collect(experiment.trials.__module__, found)
-    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+    found = sources(experiment)
+    return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:16]
 
 
-def _collect(name: str, found: dict[str, bytes]) -> None:
-    module = sys.modules[name]
-    found[name] = Path(module.__file__ or "").read_bytes()
-    for value in vars(module).values():
-        used = getattr(value, "__module__", None)
-        if isinstance(used, str) and used.startswith(LAB) and used not in found and used != f"{LAB}.plots":
-            _collect(used, found)
+def sources(experiment: Experiment) -> dict[str, str]:
+    """What the trials use, by module: parts of the experiment's own, and those of the lab that these use, whole."""
+    module = sys.modules[experiment.trials.__module__]
+    text = _text(module)
+    parts = _reached(text, experiment.trials.__name__)
+    found = {module.__name__: "".join(parts.values()) or text}
+    _collect([getattr(module, name) for name in parts] or list(vars(module).values()), found)
+    return found
+
+
+def _collect(values: Iterable[object], found: dict[str, str]) -> None:
+    for value in values:
+        used = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if isinstance(used, str) and used.startswith(LAB) and used not in found and used not in JUDGING:
+            found[used] = _text(sys.modules[used])
+            _collect(vars(sys.modules[used]).values(), found)
+
+
+def _text(module: ModuleType) -> str:
+    return Path(module.__file__ or "").read_text(encoding="utf-8")
+
+
+def _reached(text: str, name: str) -> dict[str, str]:
+    """The parts of a module that this one of them comes to by name, itself among them; of imports, only the names."""
+    lines, named = text.splitlines(keepends=True), dict[str, ast.stmt]()
+    for part in ast.parse(text).body:
+        named |= dict.fromkeys(_names(part), part)
+    found: dict[str, str] = {}
+    left = {name}
+    while left:
+        if (name := left.pop()) in named and name not in found:
+            part = named[name]
+            start = min([part.lineno, *(d.lineno for d in getattr(part, "decorator_list", ()))])
+            found[name] = "" if isinstance(part, IMPORTS) else "".join(lines[start - 1 : part.end_lineno])
+            left |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return {name: found[name] for name in sorted(found)}
+
+
+def _names(part: ast.stmt) -> list[str]:
+    """What an import, definition or assignment names."""
+    if isinstance(part, IMPORTS):
+        return [alias.asname or alias.name for alias in part.names]
+    if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+        return [part.name]
+    targets = part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
+    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]

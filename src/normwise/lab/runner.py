@@ -66,7 +66,13 @@ def run(
             record.seconds[trial.name] = round(time.perf_counter() - start, 3)
             results.save(folder, experiment, record)
         done += trial.weight
-    plots.draw(experiment, record.trials, folder)
+    try:
+        plots.draw(experiment, record.trials, folder)
+    except OSError as error:
+        plot = folder / experiment.name
+        raise ValueError(
+            f"plot: {plot}.svg and .png must be writable; {error.strerror}; choose another folder."
+        ) from None
     return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -58,7 +59,18 @@ def rows(folder: Path, experiments: Sequence[Experiment]) -> list[Row]:
     """
     results.need_packages()
     records = ((experiment, results.load(folder, experiment.name)) for experiment in experiments)
-    return [Row(e, record, e.judge(record.trials)) for e, record in records if record is not None and record.complete]
+    return [_row(folder, e, record) for e, record in records if record is not None and record.complete]
+
+
+def _row(folder: Path, experiment: Experiment, record: Record) -> Row:
+    """Files of other versions of the experiment, and damaged ones, may lack what it judges by."""
+    try:
+        return Row(experiment, record, experiment.judge(record.trials))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"results: {results.path_of(folder, experiment.name)} must have the numbers that {experiment.name} judges "
+            f"by; {type(error).__name__} at {error}; run it anew with --fresh."
+        ) from None
 
 
 def to_text(found: Sequence[Row], width: int, color: bool) -> str:
@@ -108,43 +120,51 @@ def escaped(text: str) -> str:
     return re.sub(r"([|*_<\[\]])", r"\\\1", text)
 
 
-def to_text_of(row: Row) -> str:
+def to_text_of(row: Row, width: int) -> str:
     """One experiment in full: claim, contrast, method, what was found."""
     experiment, plan = row.experiment, row.record.plan
     contrast = experiment.contrast
     bound = f"within +-{contrast.smallest:g}" if contrast.equal else f"{contrast.smallest:g} or more"
-    width = max(map(len, row.effects))
-    lines = [
+    said = [
         f"{experiment.name}: {experiment.aspect}",
         f'claim     "{experiment.claim}"',
         f"verdict   {row.judgement}",
         f"contrast  {contrast.text}",
         f"          {row.finding.effect}; the claim holds at {bound}",
         f"size      {plan.size}, seeds from {plan.seed_base}, {sum(row.record.seconds.values()):.0f} s",
-        "",
-        experiment.method.strip(),
-        "",
-        *(f"{name:{width}}  {effect}" for name, effect in row.effects.items()),
-        *(["", *row.finding.sentences] if row.finding.sentences else []),
     ]
-    return "\n".join(lines) + "\n"
+    column = width - 2 - max(len(str(effect)) for effect in row.effects.values())
+    wide = min(column, max(map(len, row.effects)))
+    found = []
+    for name, effect in row.effects.items():
+        start, *rest = textwrap.wrap(name, wide, subsequent_indent="  ")
+        found += [f"{start:{wide}}  {effect}", *rest]
+    lines = [
+        *(textwrap.fill(line, width, subsequent_indent=" " * 10) for line in said),
+        "",
+        *(textwrap.fill(part, width) + "\n" for part in experiment.method.strip().split("\n\n")),
+        *found,
+        *(["", *(textwrap.fill(s, width, subsequent_indent="  ") for s in row.finding.sentences)]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def agreement(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
     """How a second run, with other seeds, compares.
 
     Returns:
-        ``verdicts``: of each experiment in both, (name, first, second). ``effects``: (name, comparison, first, second,
-        whether they agree).
+        ``verdicts``: of each experiment in both, (name, first, second). ``effects``: of each estimate that the seeds
+        move, (name, comparison, first, second, whether they agree). ``exact``: the same of the others, which have no
+        interval, or whose experiment draws nothing.
     """
     again = {row.experiment.name: row for row in second}
     pairs = [(row, again[row.experiment.name]) for row in first if row.experiment.name in again]
-    return {
-        "verdicts": [(a.experiment.name, a.verdict, b.verdict) for a, b in pairs],
-        "effects": [
-            (a.experiment.name, name, effect, b.effects[name], agrees(effect, b.effects[name]))
-            for a, b in pairs
-            for name, effect in a.effects.items()
-            if name in b.effects
-        ],
-    }
+    found: dict[str, Any] = {"verdicts": [(a.experiment.name, a.verdict, b.verdict) for a, b in pairs]}
+    found |= {"effects": [], "exact": []}
+    for a, b in pairs:
+        for name in (name for name in a.effects if name in b.effects):
+            one, other = a.effects[name], b.effects[name]
+            moved = a.record.trials != b.record.trials and (one.low < one.high or other.low < other.high)
+            agree = agrees(one, other) if moved else one == other
+            found["effects" if moved else "exact"].append((a.experiment.name, name, one, other, agree))
+    return found

@@ -10,6 +10,7 @@ baseline. Nothing is learnt from the compared gradients, so no learning rate has
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -94,25 +95,28 @@ def _error(way: str, model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-def _measure(depth: int, seeds: Sequence[int], steps: int, _: Results) -> Numbers:
+def _measure(seed: int, depths: Sequence[int], steps: int, _: Results) -> Numbers:
+    """The error of each way at each number of norms."""
+    return {_name(depth): _errors(depth, seed, steps) for depth in depths}
+
+
+def _errors(depth: int, seed: int, steps: int) -> dict[str, float]:
     data = digits()
     images = data.x.view(-1, 1, 8, 8)
-    errors: dict[str, list[float]] = {way: [] for way in WAYS}
-    for seed in seeds:
-        trained: dict[str, tuple[nn.Module, Tensor]] = {}
-        for norm in NORMS:
-            torch.manual_seed(seed)
-            model = _network(norm, depth)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-            for chosen in torch.randint(len(images), (steps, BATCH)):
-                _gradient(model, images[chosen], data.y[chosen], BATCH)
-                optimizer.step()
-            trained[norm] = model.double(), torch.randperm(len(images))[:BATCH]
-        for name, (norm, way) in WAYS.items():
-            model, chosen = trained[norm]
-            state = {key: value.clone() for key, value in model.state_dict().items()}
-            errors[name].append(_error(way, model, images[chosen].double(), data.y[chosen]))
-            model.load_state_dict(state)
+    errors: dict[str, float] = {}
+    for norm in NORMS:
+        torch.manual_seed(seed)
+        model = _network(norm, depth)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for chosen in torch.randint(len(images), (steps, BATCH)):
+            _gradient(model, images[chosen], data.y[chosen], BATCH)
+            optimizer.step()
+        chosen = torch.randperm(len(images))[:BATCH]
+        state = copy.deepcopy(model.double().state_dict())
+        for name, (of, way) in WAYS.items():
+            if of == norm:
+                model.load_state_dict(state)
+                errors[name] = _error(way, model, images[chosen].double(), data.y[chosen])
     return errors
 
 
@@ -121,9 +125,17 @@ def _name(depth: int) -> str:
 
 
 def trials(plan: Plan) -> list[Trial]:
-    """One for each number of norms."""
+    """One for each seed."""
     steps = plan.choose(10, 50, 50)
-    return [Trial(_name(n), partial(_measure, n, plan.seeds(), steps), weight=n) for n in DEPTHS]
+    return [Trial(f"seed {seed}", partial(_measure, seed, DEPTHS, steps)) for seed in plan.seeds()]
+
+
+def _by_depth(results: Results) -> dict[str, dict[str, list[float]]]:
+    """Each way's errors over seeds."""
+    return {
+        _name(depth): {way: [found[_name(depth)][way] for found in results.values()] for way in WAYS}
+        for depth in DEPTHS
+    }
 
 
 def _orders(a: Sequence[float], b: Sequence[float]) -> Effect:
@@ -134,11 +146,12 @@ def _orders(a: Sequence[float], b: Sequence[float]) -> Effect:
 
 def judge(results: Results) -> Finding:
     """Errors of the deepest network."""
-    deepest = results[_name(DEPTHS[-1])]
-    worst = max(error for found in results.values() for error in found["Layer Norm"])
+    errors = _by_depth(results)
+    deepest = errors[_name(DEPTHS[-1])]
+    worst = max(error for found in errors.values() for error in found["Layer Norm"])
     others = {
         f"{way}, {depth}: log10 of the error": mean([math.log10(max(error, ROUNDING)) for error in found[way]])
-        for depth, found in results.items()
+        for depth, found in errors.items()
         for way in WAYS
         if way.startswith("Batch Norm")
     }
@@ -159,15 +172,15 @@ def judge(results: Results) -> Finding:
 
 def plot(figure: Figure, results: Results) -> None:
     """Errors by the number of norms."""
-    axes = figure.subplots()
+    axes, errors = figure.subplots(), _by_depth(results)
     axes.set_yscale("log")
     colors = dict(zip(WAYS, ("none", "layer_norm", "rms_norm", "batch_norm", "light", "other"), strict=True))
     labels = {"Batch Norm, running statistics": "..., running statistics"}
     labels |= {"Batch Norm, statistics pass for each layer": "..., statistics passes", "none": "no norm"}
     for way, name in colors.items():
-        for found, depth in zip(results.values(), DEPTHS, strict=True):
+        for found, depth in zip(errors.values(), DEPTHS, strict=True):
             axes.plot([depth] * len(found[way]), found[way], ".", color=plots.COLORS[name], markersize=3)
-        middle = [sorted(found[way])[len(found[way]) // 2] for found in results.values()]
+        middle = [sorted(found[way])[len(found[way]) // 2] for found in errors.values()]
         axes.plot(DEPTHS, middle, color=plots.COLORS[name])
         height = {"layer_norm": 0.0, "none": -9.0, "rms_norm": 12.0, "light": 7.0, "other": -1.0, "batch_norm": -8.0}[
             name

@@ -6,7 +6,9 @@ its behaviour decides, not its name (T5LayerNorm is an RMSNorm): scaling the inp
 another position, changes the output or not; adding a constant does or not. An architecture belongs to the first task
 that lists it; causal language models are those that neither the masked nor the sequence-to-sequence models list; image
 models are convolutional if no class name says attention. The interval takes architectures for independent draws, though
-many descend from each other. Those that cannot be built are named, and counted against the claim in a sentence.
+many descend from each other. The claim is read as: most convolutional networks, and most causal language models, have
+the norm it names more often than any other; RMSNorm is not Layer Norm. Those that cannot be built are named, and
+counted against the claim in a sentence.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def _transformers() -> Iterator[Any]:
     try:
         package = importlib.import_module("transformers")
     except ImportError:
-        raise ValueError("in_use: transformers must be installed; it is not; run `pip install transformers`.") from None
+        raise RuntimeError(
+            "in_use: transformers must be installed; it is not; run `pip install transformers`."
+        ) from None
     before = package.logging.get_verbosity()
     package.logging.set_verbosity_error()
     try:
@@ -124,8 +128,9 @@ def _groups(results: Results) -> dict[str, list[Counter[str]]]:
 
 
 def _mostly(models: Sequence[Counter[str]], kind: str) -> Effect:
-    """How many have this kind more often than any other."""
-    return share(sum(max(norms, key=lambda k: norms[k], default="") == kind for norms in models), len(models))
+    """How many have this kind more often than any other; of no models nothing is known."""
+    hits = sum(max(norms, key=lambda k: norms[k], default="") == kind for norms in models)
+    return share(hits, len(models)) if models else Effect(0.0, 0.0, 100.0, "%")
 
 
 def _name(kind: str) -> str:
@@ -137,29 +142,26 @@ def _per_token(norms: Counter[str]) -> bool:
 
 
 def judge(results: Results) -> Finding:
-    """Shares of the language models, and of those that convolve."""
+    """The smaller of the shares of which the claim's halves speak."""
     groups = _groups(results)
     language, failed = groups[LANGUAGE], results[LANGUAGE]["failed"]
-    hits = sum(map(_per_token, language))
+    convolutional = groups.get(CONVOLUTIONS, [])
     others = {f"{group}: {_name(kind)}": _mostly(m, kind) for group, m in groups.items() for kind in KINDS}
     others[f"{LANGUAGE}: any Batch Norm"] = share(sum(n["batch_norm"] > 0 for n in language), len(language))
+    others[f"{LANGUAGE}: Layer Norm or RMSNorm, no Batch Norm"] = share(sum(map(_per_token, language)), len(language))
     layer, rms = (others[f"{LANGUAGE}: {_name(kind)}"] for kind in PER_TOKEN)
-    convolutional = len(groups.get(CONVOLUTIONS, ()))
-    batch = f"{others[f'{CONVOLUTIONS}: Batch Norm']} of {convolutional} convolutional nets" if convolutional else ""
-    also = f"; of convolutional networks {others[f'{CONVOLUTIONS}: Batch Norm']} Batch Norm" if convolutional else ""
+    batch = _mostly(convolutional, "batch_norm")
+    hits = round(layer.value / 100 * len(language))
     return Finding(
-        effect=share(hits, len(language)),
-        batch_norm=batch or "no convolutional network was built",
+        effect=Effect(min(batch.value, layer.value), min(batch.low, layer.low), min(batch.high, layer.high), "%"),
+        batch_norm=f"{batch} of {len(convolutional)} convolutional nets",
         layer_norm=f"{layer} of {len(language)} causal language models; RMSNorm {rms}",
         sentences=[
             f"transformers {results[LANGUAGE]['version']}: {', '.join(f'{len(m)} {g}' for g, m in groups.items())}",
-            f"had the {len(failed)} language models that cannot be built no such norm: "
+            f"had the {len(failed)} language models that cannot be built another norm, Layer Norm were that of "
             f"{share(hits, len(language) + len(failed))}",
             *_left_out(results),
         ],
-        correction=f"most norms of {rms} of language models are RMSNorm, of {layer} Layer Norm{also}"
-        if rms.low > layer.high
-        else "",
         others=others,
     )
 
@@ -194,7 +196,11 @@ EXPERIMENT = Experiment(
     name="in_use",
     aspect="What is used where",
     claim="Convolutional networks use Batch Norm, large language models use Layer Norm.",
-    contrast=Contrast("causal language models without any Batch Norm and with a norm of each token", 90.0),
+    contrast=Contrast(
+        "the smaller of two shares: convolutional networks whose norms are mostly Batch Norm, causal language models "
+        "whose norms are mostly Layer Norm",
+        50.0,
+    ),
     method=__doc__,
     trials=trials,
     judge=judge,

@@ -10,7 +10,7 @@ the batch are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -51,36 +51,39 @@ def _spreads(x: Tensor) -> Numbers:
     return found
 
 
-def _batches(source: str, seeds: Sequence[int], epochs: int) -> list[Tensor]:
-    """One batch for each seed."""
+def _batch(source: str, seed: int, epochs: int) -> Tensor:
     if source == "worked batch":
-        return [torch.tensor(WORKED)]
-    if source == "digits":
-        pools = [digits().x] * len(seeds)
-    else:
-        pools = list(activations(source, "none", seeds, epochs)[0][1].unbind(1))
-    found = []
-    for seed, pool in zip(seeds, pools, strict=True):
-        x = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:BATCH]]
-        found.append(x[:, x.transpose(0, 1).flatten(1).var(1) > 0])
-    return found
+        return torch.tensor(WORKED)
+    pool = digits().x if source == "digits" else activations(source, "none", [seed], epochs)[0][1][:, 0]
+    x = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:BATCH]]
+    return x[:, x.transpose(0, 1).flatten(1).var(1) > 0]
 
 
-def _of_source(source: str, seeds: Sequence[int], epochs: int, _: Results) -> Numbers:
-    found: Numbers = {norm: {} for norm in NORMS}
-    for x in _batches(source, seeds, epochs):
-        for norm, function in NORMS.items():
-            for what, spread in _spreads(function(x)).items():
-                found[norm].setdefault(what, []).append(spread)
-    return found
+def _of_source(source: str, seed: int, epochs: int, _: Results) -> Numbers:
+    x = _batch(source, seed, epochs)
+    return {norm: _spreads(function(x)) for norm, function in NORMS.items()}
 
 
 def trials(plan: Plan) -> list[Trial]:
-    """Each source of batches; the one that decides first."""
-    seeds, epochs = plan.seeds(), plan.choose(3, 10, 10)
+    """Each source of batches, each seed; the source that decides first."""
+    epochs = plan.choose(3, 10, 10)
+    seeds = {source: plan.seeds() for source in ("MLP", "CNN", "digits")} | {"worked batch": plan.seeds(1, 1, 1)}
     return [
-        Trial(source, partial(_of_source, source, seeds, epochs)) for source in ("MLP", "CNN", "digits", "worked batch")
+        Trial(f"{source}, seed {seed}", partial(_of_source, source, seed, epochs))
+        for source in seeds
+        for seed in seeds[source]
     ]
+
+
+def _by_source(results: Results) -> dict[str, Numbers]:
+    """Each norm's spreads over seeds."""
+    found: dict[str, Numbers] = {}
+    for name, norms in results.items():
+        source = found.setdefault(name.partition(",")[0], {norm: {} for norm in NORMS})
+        for norm, spreads in norms.items():
+            for what, spread in spreads.items():
+                source[norm].setdefault(what, []).append(spread)
+    return found
 
 
 def _left(found: Numbers, norm: str, what: str) -> Effect | None:
@@ -96,7 +99,7 @@ def judge(results: Results) -> Finding:
     """How much of the spread of the samples' means Batch Norm takes away."""
     left = {
         (source, norm, what): effect
-        for source, found in results.items()
+        for source, found in _by_source(results).items()
         for norm in ("batch_norm", "layer_norm")
         for what in found["before"]
         if (effect := _left(found, norm, what))
@@ -131,9 +134,9 @@ def _alike(of: dict[tuple[str, str], Effect], norm: str) -> str:
 
 def plot(figure: Figure, results: Results) -> None:
     """Spread before and after, of samples and of features."""
-    panels = figure.subplots(1, 2, sharey=True)
+    panels, spread = figure.subplots(1, 2, sharey=True), _by_source(results)["MLP"]
     for axes, name in zip(panels, ("samples", "features"), strict=True):
-        spreads = [mean(results["MLP"][norm][f"{name}' means"]) for norm in NORMS]
+        spreads = [mean(spread[norm][f"{name}' means"]) for norm in NORMS]
         effects = [replace(e, **{k: round(getattr(e, k), 3) for k in ("value", "low", "high")}) for e in spreads]
         plots.bars(axes, ["before", "Batch Norm", "Layer Norm"], effects, ["none", "batch_norm", "layer_norm"])
         axes.set_xlabel(f"spread of the {name}' means,\n% of the spread of all values")

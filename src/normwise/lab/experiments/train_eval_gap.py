@@ -195,6 +195,7 @@ def plot(figure: Figure, results: Results) -> None:
             f"batch {batch}", (0.02, 0.5 - 0.07 * row), xycoords="axes fraction", color=plots.COLORS[colors[batch]]
         )
     axes.axvline(0, color="black", linewidth=0.5)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("accuracy in training mode less that in evaluation, points")
 
 
