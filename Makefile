@@ -10,7 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: help compare test test-distributed test-instruction-sets sanitize fuzz bench evidence evidence-again format clean
+# Node.js comes as a Python package, so that every machine builds the page with the same one.
+NPM := PATH="$(abspath $(BIN)):$$PATH" npm
+NODE_MODULES := web/node_modules/.package-lock.json
+
+.PHONY: help compare test test-distributed test-instruction-sets sanitize fuzz bench bench-gpu evidence \
+    evidence-again page docs format clean
 
 help:
 	@echo "make compare   install into $(VENV), compare Batch Norm and Layer Norm, write compare.html"
@@ -20,7 +25,10 @@ help:
 	@echo "make test-distributed  try SyncBatchNorm on more processes and more random splits"
 	@echo "make test-instruction-sets  run the tests of the kernels on the older instruction sets, all of them"
 	@echo "make bench     time every norm beside its peers on an idle machine; shorter: BENCH_ARGS=--quick, others: --help"
+	@echo "make bench-gpu  the same on a GPU, in 7 minutes, with the PYTHON of the machine"
 	@echo "make evidence  run every experiment anew, an hour, and write docs/evidence.md; evidence-again: with other seeds"
+	@echo "make page      check and build the page from web/ into src/normwise/explain/page.html"
+	@echo "make docs      build the documentation into build/docs: static files, with the page to try"
 	@echo "make format    format the code and repair what the linter can"
 	@echo "make clean     remove $(VENV) and everything else that was made"
 
@@ -31,7 +39,7 @@ compare: $(VENV)/installed-lab
 # One step of `make test`: $(call step,its name,its command,what to do if it fails)
 step = echo "== $(1)"; $(2) || { echo "make test: $(1) failed; $(3)." >&2; exit 1; }
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(NODE_MODULES)
 	@for tool in ruff mypy pytest clang-format; do \
 	    $(BIN)/$$tool --version >/dev/null 2>&1 || \
 	    { echo "make test: $$tool is missing in $(VENV); run 'make clean', then 'make test'." >&2; exit 1; }; \
@@ -40,6 +48,8 @@ test: $(VENV)/installed-dev
 	@$(call step,ruff check,$(BIN)/python -m ruff check .,run 'make format' and repair the rest by hand)
 	@$(call step,clang-format,$(BIN)/clang-format --dry-run --Werror csrc/*,run 'make format')
 	@$(call step,mypy,$(BIN)/python -m mypy,repair the types above)
+	@$(call step,svelte-check,$(NPM) run --silent --prefix web check,repair the types above)
+	@$(call step,mkdocs,$(BIN)/mkdocs build --quiet --strict,repair the links above)
 	@for script in examples/*.py; do \
 	    $(call step,$$script,$(BIN)/python $$script >$(VENV)/example.log 2>&1 || { cat $(VENV)/example.log; false; },its output is above); \
 	done
@@ -77,9 +87,14 @@ fuzz: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# $(call experiments,first seed,folder): JOBS at a time, each with one thread. An interrupted run goes on; a finished one
-# takes the place of what docs/evidence held. Lower seeds are for trying things out while an experiment is written.
-experiments = $(BIN)/normwise lab list | cut -d ' ' -f 1 | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I NAME \
+# On a machine with a GPU and its own build of torch: PYTHON there is what it has, and nothing is installed.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
+
+# $(call experiments,first seed,folder): JOBS at a time, each with one thread, the longest first. An interrupted run goes
+# on; a finished one takes the place of what docs/evidence held. Lower seeds are for trying things out.
+experiments = { echo language_model; $(BIN)/normwise lab list | cut -d ' ' -f 1 | grep -vx language_model; } | \
+    OMP_NUM_THREADS=1 xargs -P $(JOBS) -I NAME \
     $(BIN)/normwise lab run NAME --seed-base $(1) --results $(2) >/dev/null
 
 evidence: $(VENV)/installed-dev
@@ -92,13 +107,26 @@ evidence-again: $(VENV)/installed-dev
 	@mkdir -p docs/evidence/again && mv build/evidence-again/*.json docs/evidence/again && rm -r build/evidence-again
 	$(BIN)/python docs/write_evidence.py
 
+$(NODE_MODULES): web/package-lock.json | $(VENV)/installed-dev
+	@cd web && $(NPM) ci --silent && touch node_modules/.package-lock.json
+
+# Static files, which any host can serve and which work from disk; --strict fails on a link that leads nowhere.
+docs: $(VENV)/installed-dev
+	@$(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/normwise compare --html build/docs/try.html 2>/dev/null >&2
+
+page: $(NODE_MODULES)
+	@$(NPM) run --silent --prefix web check
+	@$(NPM) run --silent --prefix web build -- --logLevel warn
+	@cp build/page/index.html src/normwise/explain/page.html
+
 format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i csrc/*
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis compare.html
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis web/node_modules compare.html
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 

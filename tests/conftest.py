@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
-import cases
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch's compiler does too
+
+import cases
 
 torch.manual_seed(0)  # for what is drawn while tests are collected
 
@@ -43,3 +50,20 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 def backend() -> str:
     """The implementation that the contract is tested on here; not in a test's name, which sets its random numbers."""
     return cases.BACKENDS[0]
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args: dict[str, Any]) -> dict[str, Any]:
+    """The machine's own Chromium, which looks for nothing on the network by itself."""
+    quiet = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    return {
+        **browser_type_launch_args,
+        "executable_path": shutil.which("chromium"),
+        "chromium_sandbox": False,
+        "args": [*quiet, "--disable-sync"],
+    }
+
+
+@pytest.fixture(scope="session")
+def base_url() -> None:
+    """Pages are files; in place of pytest-playwright's own, which pytest 9 warns of."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks import bench_group_norm, cases, measure, peers, report, verdict
+from benchmarks import bench_group_norm, cases, gpu, measure, peers, report, verdict
 from benchmarks.__main__ import main
 from benchmarks.cases import OPS, Case, Selection
 
@@ -170,3 +171,59 @@ def test_what_cannot_be_run(asked: list[str], complaint: str) -> None:
     result = CliRunner().invoke(main, asked)
     assert result.exit_code == 2
     assert complaint in result.stderr
+
+
+class Clock:
+    """An event of a GPU, on the processor's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Clock) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("op", gpu.GRID)
+def test_the_script_for_a_gpu_measures(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "COLD", 1)
+    monkeypatch.setattr(gpu, "CALLS", 2)
+    monkeypatch.setattr(gpu, "TURNS", 3)
+    monkeypatch.delitem(gpu.CANDIDATES, "compile")
+    found = gpu.measure(tiny(op, backward=True), 7, "cpu")
+    for which in ("forward", "backward"):
+        for name in ("normwise", "torch", "copy"):
+            low, high = found["candidates"][name][which]["quartiles"]
+            assert 0 < low <= found["candidates"][name][which]["median"] <= high
+        header, line = gpu.table([found], which)
+        assert line.startswith(f"{op}, tiny, float32")
+        assert header.split()[-2:] == ["quack", "apex"]
+    assert found["moved_bytes"]["forward"] == cases.OPS[op].moved[0] * found["input_bytes"]
+    assert "not installed" in found["candidates"]["apex"]["unavailable"]
+
+
+def test_the_script_for_a_gpu_gives_no_time_to_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setitem(gpu.CANDIDATES, "normwise", lambda case: lambda x, w, b: case.op.torch(x, w, b) * 1.1)
+    for name in ("compile", "liger", "quack", "apex"):
+        monkeypatch.delitem(gpu.CANDIDATES, name)
+    found = gpu.measure(tiny("layer_norm", backward=True), 7, "cpu")
+    assert "forward" not in found["candidates"]["normwise"]
+    assert "wrong: " in list(gpu.table([found], "forward"))[1]
+
+
+def test_the_script_for_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(gpu.main, [])
+    assert result.exit_code == 2
+    assert "a CUDA device must be there" in result.output
+
+
+def test_every_case_of_the_script_for_a_gpu_is_large_enough_to_measure_rates() -> None:
+    small = {case.model for case in gpu.cases() if case.size < 64 * 2**20}
+    assert small == {"decode 16"}

@@ -25,6 +25,7 @@ import torch
 
 import normwise as nw
 from normwise import cli
+from normwise.lab.replay import replayed
 
 HERE = Path(__file__).parent
 FIRST_SCREEN = HERE / "first_screen.txt"
@@ -360,6 +361,71 @@ def test_html_to_what_is_no_file_does_not_replace_it(run: Run, tmp_path: Path) -
     assert received[0].startswith("<!doctype html>")
 
 
+def test_recording(run: Run, tmp_path: Path) -> None:
+    """What was recorded, or an experiment's result, in the page beside the batch."""
+    model = torch.nn.BatchNorm1d(2)
+    with nw.record(model) as recording:
+        model(torch.randn(4, 2))
+    recording.save(tmp_path / "run.json")
+    claim = json.loads((HERE.parent / "docs" / "evidence" / "batch_size.json").read_text(encoding="utf-8"))
+    (tmp_path / "lab.json").write_text(json.dumps(claim))
+    for name, schema in {"run.json": "normwise.recording", "lab.json": "normwise.lab"}.items():
+        found = run("compare", "--html", "page.html", "--recording", name)
+        assert (found.code, found.err) == (0, "wrote page.html; it embeds the data\n")
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        (text,) = re.findall(r'id="recording">(.*?)</script>', page)
+        data = json.loads(text)
+        assert data["schema"] == schema
+        assert 'id="comparison">{' in page
+    assert (data["name"], data["claim"]) == ("batch_size", claim["claim"])
+    assert data["verdict"] == f"holds corrected: {claim['finding']['correction']}"
+    first, *others = data["effects"]
+    assert first == {"label": claim["contrast"]["text"]} | {
+        key: claim["finding"]["effect"][key] for key in ("value", "low", "high", "unit")
+    }
+    assert [other["label"] for other in others] == list(claim["finding"]["others"])
+
+
+def test_every_result_of_the_evidence_can_be_replayed() -> None:
+    paths = sorted((HERE.parent / "docs" / "evidence").glob("*.json"))
+    assert len(paths) > 10
+    for path in paths:
+        data = replayed(json.loads(path.read_text(encoding="utf-8")), path.name)
+        assert data["effects"]
+        json.dumps(data, allow_nan=False)
+
+
+RECORDINGS = {
+    "none.json": (None, ["recording: none.json must be readable", "No such file"]),
+    "broken.json": ("{", ["recording: broken.json must be JSON"]),
+    "other.json": ('{"schema": "other"}', ["must be normwise.recording version 1", "'other'"]),
+    "begun.json": ('{"schema": 1, "experiment": "leak"}', ["must be a complete result", "run normwise lab run leak"]),
+    "odd.json": (
+        '{"experiment": "leak", "finding": {"effect": {}, "others": {}}, "verdict": "", "claim": "", "contrast": 3}',
+        ["must be a result of normwise lab run", "TypeError"],
+    ),
+    "numbers.json": (
+        '{"experiment": "leak", "finding": {"effect": {"value": "1", "low": 1, "high": 1, "unit": ""}, "others": {}}, '
+        '"verdict": "holds", "claim": "c", "contrast": {"text": "t"}}',
+        ["the numbers of 't'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+@pytest.mark.parametrize("command", [["compare", "--html", "page.html"], ["open", "--no-browser"]], ids="-".join)
+def test_bad_recording(run: Run, tmp_path: Path, command: list[str], name: str) -> None:
+    content, words = RECORDINGS[name]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    refused(run(*command, "--recording", name), *words)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_recording_is_for_the_page(run: Run) -> None:
+    refused(run("compare", "--recording", "run.json"), "got no --html; add --html FILE, or use normwise open")
+
+
 # Refusals
 
 
@@ -533,7 +599,7 @@ def test_the_module_itself_imports_nothing_heavy() -> None:
     names = {a.name for n in found if isinstance(n, ast.Import) for a in n.names} | {
         n.module for n in found if isinstance(n, ast.ImportFrom)
     }
-    assert names <= {"__future__", "click", *sys.stdlib_module_names}
+    assert {str(name).partition(".")[0] for name in names} <= {"__future__", "click", *sys.stdlib_module_names}
 
 
 def on_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

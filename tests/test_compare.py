@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 import normwise as nw
 import normwise.functional as nf
 from normwise.definitions import DEFINITIONS
-from normwise.explain import labels, load_batch, notice_samples
+from normwise.explain import labels, load_batch, notice_samples, page
 from normwise.explain.trace import Norm
 
 WORKED = torch.tensor([[2, 4, 6], [3, 5, 7], [1, 3, 5], [4, 6, 8]]).double()
@@ -955,7 +958,7 @@ def test_str_and_repr() -> None:
 class Page(HTMLParser):
     """The elements of a page, and a failure where one is left open."""
 
-    VOID = ("meta", "br", "!doctype")
+    VOID = ("meta", "br", "link", "!doctype")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -971,30 +974,42 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts.setdefault(self.open[-1] if self.open else "", []).append(data)
+        element = self.elements[-1][1] if self.open[-1:] == ["script"] else {}
+        self.texts.setdefault(element.get("id") or (self.open[-1] if self.open else ""), []).append(data)
 
 
 HOSTILE = "<script>alert(1)</script>&\"'.csv"
+DATA = [{"type": "application/json", "id": "comparison"}, {"type": "application/json", "id": "recording"}]
+PACKED = [{"type": "application/gzip", "id": "packed-style"}, {"type": "application/gzip", "id": "packed-script"}]
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3), (2, 3, 4), (2, 3, 4, 5), (50, 100)], ids=str)
 def test_html_is_self_contained(shape: tuple[int, ...]) -> None:
+    """No address but the empty icon, no handler in an attribute, and no script but the page's own, by its hash."""
     c = nw.compare(random(*shape), "all", grad=True)
     page = Page(c.to_html())
     assert [tag for tag, _ in page.elements].count("html") == 1
     for tag, attributes in page.elements:
-        assert not {"src", "href", "srcset", "data", "action"} & attributes.keys()
-        assert tag != "link"
+        assert not {"src", "srcset", "data", "action"} & attributes.keys()
+        assert tag not in ("link", "a") or attributes["href"] == "data:,"
         assert not any(name.startswith("on") for name in attributes)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]
-    assert scripts == [{"type": "application/json", "id": "comparison"}]
-    assert json.loads("".join(page.texts["script"])) == json.loads(c.to_json())
+    assert scripts == [*DATA, *PACKED, {"type": "module"}]
+    loader, packed = "".join(page.texts["script"]), "".join(page.texts["packed-script"])
+    hashes = [hashlib.sha256(code).digest() for code in (loader.encode(), gzip.decompress(base64.b64decode(packed)))]
+    digests = " ".join(f"'sha256-{base64.b64encode(h).decode()}'" for h in hashes)
+    allowed = dict(directive.strip().split(" ", 1) for directive in str(policy).split(";"))
+    assert (allowed["default-src"], allowed["script-src"]) == ("'none'", digests)
+    assert json.loads("".join(page.texts["comparison"])) == json.loads(c.to_json())
+    assert page.texts["recording"] == ["null"]
     style = "".join(page.texts["style"])
     assert "prefers-color-scheme: dark" in style
     assert "@import" not in style
@@ -1003,16 +1018,44 @@ def test_html_is_self_contained(shape: tuple[int, ...]) -> None:
     assert f"This file embeds {said} and" in "".join(page.texts["p"])
 
 
+def test_html_holds_each_place_once() -> None:
+    """What Python puts its data in the place of; the source of the page promises them."""
+    for place in (
+        "<title>normwise</title>",
+        '<div id="static"></div>',
+        '<script type="application/json" id="comparison">null</script>',
+        '<script type="application/json" id="recording">null</script>',
+    ):
+        assert page.built().count(place) == 1
+
+
+def test_html_shows_the_numbers_without_scripts() -> None:
+    text = nw.compare().to_html()
+    static = text[text.index('<div id="static">') : text.index("This file embeds")]
+    for number in ("-0.447", "1.342", "-1.225", "1.225"):
+        assert f">{number}</td>" in static
+    assert "hidden" not in static
+    assert "display: none" not in static
+
+
+def test_html_with_a_recording() -> None:
+    data = {"schema": "normwise.lab", "name": "</script><b>"}
+    found = Page(page.render(nw.compare(), data))
+    assert json.loads("".join(found.texts["recording"])) == data
+    assert "what was computed from it and a recording (as JSON)" in "".join(found.texts["p"])
+
+
 def test_html_escapes_names() -> None:
     loaded = load_batch("[[1, 2], [3, 5]]")
     hostile = type(loaded)(loaded.values, HOSTILE, (f"header line {HOSTILE!r} skipped",), (HOSTILE, "</script>"))
     c = nw.compare(hostile)
-    page = Page(c.to_html())
-    assert page.texts["title"] == [f"normwise: {HOSTILE}"]
-    assert page.texts["h1"] == [HOSTILE]
-    assert len([tag for tag, _ in page.elements if tag == "script"]) == 1
-    assert json.loads("".join(page.texts["script"]))["batch"]["name"] == HOSTILE
-    assert "<script>alert" not in c._repr_mimebundle_()["text/html"]
+    found = Page(c.to_html())
+    assert found.texts["title"] == [f"normwise: {HOSTILE}"]
+    assert found.texts["h1"] == [HOSTILE]
+    assert len([tag for tag, _ in found.elements if tag == "script"]) == 5
+    assert json.loads("".join(found.texts["comparison"]))["batch"]["name"] == HOSTILE
+    shown = Page(c._repr_mimebundle_()["text/html"])
+    assert "script" not in [tag for tag, _ in shown.elements]
 
 
 def test_html_marks_the_chosen_cell_and_shows_its_steps() -> None:
@@ -1027,11 +1070,20 @@ def test_html_marks_the_chosen_cell_and_shows_its_steps() -> None:
 
 
 def test_html_of_a_notebook() -> None:
-    bundle = nw.compare()._repr_mimebundle_()
-    assert bundle["text/plain"] == nw.compare().to_text()
-    Page(bundle["text/html"])
+    """The page in a sandboxed frame, and beside it the tables, hidden by nothing that outlives the frame."""
+    c = nw.compare(load_batch("[[1, 2], [3, 5]]"))
+    bundle = c._repr_mimebundle_()
+    assert bundle["text/plain"] == c.to_text()
+    shown = Page(bundle["text/html"])
+    (frame,) = [attributes for tag, attributes in shown.elements if tag == "iframe"]
+    assert frame["srcdoc"] == c.to_html()
+    assert frame["sandbox"] == "allow-scripts allow-downloads"
+    assert frame["title"] == "normwise: literal"
     assert "<script" not in bundle["text/html"]
     assert "<body" not in bundle["text/html"]
+    hiding = re.findall(r"[^{}>]*\{[^{}]*display: none[^{}]*\}", re.sub('srcdoc="[^"]*"', "", bundle["text/html"]))
+    assert hiding == [".nw-frame + .nw-static { display: none }"]
+    assert "<td" in bundle["text/html"].split("</iframe>")[1]
 
 
 def test_one_number_on_the_screen_can_be_followed_by_hand() -> None:

@@ -23,7 +23,7 @@ FUNCTIONS = {name: getattr(nw.functional, name) for name in nw.functional.__all_
 
 
 def test_names_of_the_package() -> None:
-    assert nw.__all__ == ["Comparison", "backends", "compare", "distributed", "functional", "nn"]
+    assert nw.__all__ == ["Comparison", "backends", "compare", "distributed", "functional", "nn", "record"]
 
 
 def test_names_of_functional() -> None:

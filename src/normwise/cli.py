@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,59 +25,66 @@ def cli() -> None:
     """Batch Norm, Layer Norm and their relatives: compared on your batch, step by step."""
 
 
+BATCH = (
+    click.argument("batch", required=False),
+    click.option("--preset", help="A batch that comes along: worked (the default) or broken-symmetry."),
+    click.option("--key", help="Which array of a file that holds several."),
+    click.option("--norms", help=f"Some of {NORMS}; or all.  [default: batch_norm,layer_norm]"),
+    click.option("--pattern", help="A norm of your own: the axes, an arrow, and those with statistics of their own."),
+    click.option(
+        "--groups", type=int, help="Groups of group_norm; by default up to 32 that leave 2 or more channels each."
+    ),
+    click.option(
+        "--layout", help="The axes: nc; nlc (default) or ncl; nchw (default) or nhwc; ncdhw (default) or ndhwc."
+    ),
+    click.option("--mode", default="train", show_default=True, help="train or eval (on running statistics)."),
+    click.option("--steps", type=int, default=1, show_default=True, help="Training steps on this batch before eval."),
+    click.option(
+        "--momentum", type=float, default=0.1, show_default=True, help="Weight of each batch in the running statistics."
+    ),
+    click.option("--weight", help="A scale for each channel: 1,2,0.5."),
+    click.option("--bias", help="An offset for each channel: 0,1,-1."),
+    click.option(
+        "--eps", type=float, default=1e-5, show_default=True, help="Added to the variance, inside the root; may be 0."
+    ),
+    click.option("--dtype", help="Convert the batch first: float64, float32, bfloat16 or float16."),
+    click.option("--allow-nonfinite", is_flag=True, help="Accept nan and infinities."),
+    click.option("--recording", help="For the page to replay: of record(model), or a result of normwise lab run."),
+)
+"""Which norms to compute on which batch: the same for every command that shows them."""
+
+
+def with_batch(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :data:`BATCH`, which :func:`_compared` takes."""
+    for option in reversed(BATCH):
+        command = option(command)
+    return command
+
+
 @cli.command()
-@click.argument("batch", required=False)
-@click.option("--preset", help="A batch that comes along: worked (the default) or broken-symmetry.")
-@click.option("--key", help="Which array of a file that holds several.")
-@click.option("--norms", help=f"Some of {NORMS}; or all.  [default: batch_norm,layer_norm]")
-@click.option("--pattern", help="A norm of your own: the axes, an arrow, and those with statistics of their own.")
-@click.option(
-    "--groups", type=int, help="Groups of group_norm; by default up to 32 that leave 2 or more channels each."
-)
-@click.option("--layout", help="The axes: nc; nlc (default) or ncl; nchw (default) or nhwc; ncdhw (default) or ndhwc.")
-@click.option("--mode", default="train", show_default=True, help="train or eval (on running statistics).")
-@click.option("--steps", type=int, default=1, show_default=True, help="Training steps on this batch before eval.")
-@click.option(
-    "--momentum", type=float, default=0.1, show_default=True, help="Weight of each batch in the running statistics."
-)
+@with_batch
 @click.option("--cell", help="The value to work out in full, as an index counted from 0: 0,2.")
 @click.option("--grad", is_flag=True, help="Show the backward pass too.")
-@click.option("--weight", help="A scale for each channel: 1,2,0.5.")
-@click.option("--bias", help="An offset for each channel: 0,1,-1.")
-@click.option(
-    "--eps", type=float, default=1e-5, show_default=True, help="Added to the variance, inside the root; may be 0."
-)
-@click.option("--dtype", help="Convert the batch first: float64, float32, bfloat16 or float16.")
 @click.option("--precision", type=click.IntRange(1, 15), default=3, show_default=True, help="Decimals of the outputs.")
 @click.option("--summary", is_flag=True, help="The table of properties instead of the numbers.")
-@click.option("--allow-nonfinite", is_flag=True, help="Accept nan and infinities.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--html", type=click.Path(), help="Write one HTML file that needs nothing else; it embeds the data.")
+@click.option("--html", type=click.Path(), help="Write the page as one file, for offline too; it embeds the data.")
 def compare(
-    batch: str | None, preset: str | None, key: str | None, dtype: str | None, cell: str | None, weight: str | None,
-    bias: str | None, precision: int, summary: bool, as_json: bool, html: str | None, allow_nonfinite: bool,
-    norms: str | None, **settings: Any,
-) -> None:  # fmt: skip
+    precision: int, summary: bool, as_json: bool, html: str | None, recording: str | None, **settings: Any
+) -> None:
     """Show what norms do to BATCH, side by side and step by step.
 
     BATCH is a literal such as '[[2,4,6],[3,5,7]]', a file (.csv .json .npy .npz .safetensors .pt), - for standard
     input, or digits for scikit-learn's digit images; without it, the worked batch. The first axis is the samples.
     """
-    from .explain import compare as compare_batch
-    from .explain import load_batch
+    from .explain import page
 
-    if norms is not None:
-        settings["norms"] = norms
     try:
-        loaded = load_batch(
-            batch, preset=preset, key=key, dtype=_dtype(dtype), allow_nonfinite=allow_nonfinite, stdin=sys.stdin
-        )
-        comparison = compare_batch(
-            loaded, weight=_numbers("weight", weight), bias=_numbers("bias", bias),
-            cell=_integers("cell", cell, "0,2"), allow_nonfinite=allow_nonfinite, **settings,
-        )  # fmt: skip
+        if html is None and recording is not None:
+            raise ValueError("recording: it is for the page; got no --html; add --html FILE, or use normwise open.")
+        comparison = _compared(**settings)
         if html is not None:
-            _write(Path(html), comparison.to_html())
+            _write(Path(html), page.render(comparison, _recording(recording)))
             click.echo(f"wrote {html}; it embeds the data", err=True)
     except (ValueError, TypeError) as error:
         raise click.ClickException(str(error)) from None
@@ -86,6 +94,34 @@ def compare(
     width, color = _terminal()
     text = comparison.to_text(width=width, precision=precision, color=color, summary=summary)
     click.echo(_encodable(text), nl=False, color=color)
+
+
+@cli.command("open")
+@with_batch
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Where to serve it.  [default: any free one]")
+@click.option("--no-browser", is_flag=True, help="Print the address only.")
+def open_page(port: int, no_browser: bool, recording: str | None, **settings: Any) -> None:
+    """Open the page about BATCH in a browser: change any number, and see what each norm makes of it.
+
+    BATCH is what normwise compare takes. The page is served to this machine alone, until Ctrl-C.
+    """
+    from .explain import page
+    from .explain.serve import Server
+
+    try:
+        server = Server(page.render(_compared(**settings), _recording(recording)), port)
+    except (ValueError, TypeError) as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(
+            f"port: {port} must be free for this program; {error.strerror}; choose another, or leave it out for any."
+        ) from None
+    with server:
+        click.echo(server.url)
+        click.echo("Ctrl-C ends it", err=True)
+        if not no_browser:
+            _browse(server.url)
+        server.serve_forever()
 
 
 @cli.command()
@@ -199,14 +235,20 @@ def run(
     from .lab.experiments import chosen
 
     try:
-        experiments, plan = chosen(names), laboratory.plan(size, seed_base, data)
+        experiments, plan, wrong = chosen(names), laboratory.plan(size, seed_base, data), dict[str, None]()
         with progress.shown(experiments) as show:
             for experiment in experiments:
-                laboratory.run(experiment, plan, results, fresh=fresh, progress=partial(show, experiment))
+                try:
+                    laboratory.run(experiment, plan, results, fresh=fresh, progress=partial(show, experiment))
+                except RuntimeError as error:  # what this one needs is missing; the others run
+                    wrong[str(error)] = None
         rows = table.rows(results, experiments)
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
-    _show(rows, as_json)
+    if rows or not wrong:
+        _show(rows, as_json)
+    if wrong:
+        raise click.ClickException(" ".join(wrong))
 
 
 @lab.command("table")
@@ -217,6 +259,8 @@ def show_table(results: Path, markdown: bool, as_json: bool) -> None:
     """What people say of Batch Norm and Layer Norm, with what was measured in each place."""
     from .lab import table
 
+    if markdown and as_json:
+        raise click.UsageError("--markdown and --json exclude each other")
     rows = _rows(results, ("all",))
     if markdown:
         click.echo(table.to_markdown(rows), nl=False)
@@ -233,8 +277,8 @@ def show(name: str, results: Path, as_json: bool) -> None:
     from .lab import table
 
     rows = _rows(results, (name,))
-    for row in rows:
-        click.echo(table.to_json([row]) if as_json else _encodable(table.to_text_of(row)), nl=as_json)
+    text = "\n".join(table.to_text_of(row, _terminal()[0]) for row in rows)
+    click.echo(table.to_json(rows) if as_json else _encodable(text), nl=as_json)
 
 
 def _rows(results: Path, names: tuple[str, ...]) -> Any:
@@ -298,6 +342,44 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _compared(
+    batch: str | None, preset: str | None, key: str | None, dtype: str | None, weight: str | None, bias: str | None,
+    allow_nonfinite: bool, norms: str | None, cell: str | None = None, **settings: Any,
+) -> Any:  # fmt: skip
+    """The comparison that the options ask for."""
+    from .explain import compare as compare_batch
+    from .explain import load_batch
+
+    if norms is not None:
+        settings["norms"] = norms
+    loaded = load_batch(
+        batch, preset=preset, key=key, dtype=_dtype(dtype), allow_nonfinite=allow_nonfinite, stdin=sys.stdin
+    )
+    return compare_batch(
+        loaded, weight=_numbers("weight", weight), bias=_numbers("bias", bias), cell=_integers("cell", cell, "0,2"),
+        allow_nonfinite=allow_nonfinite, **settings,
+    )  # fmt: skip
+
+
+def _recording(path: str | None) -> dict[str, Any] | None:
+    """What a file has for the page to replay, as plain data: a recording, or the results of an experiment."""
+    if path is None:
+        return None
+    from .explain import recording
+    from .lab import replay
+
+    data = recording.read(path)
+    return replay.replayed(data, path) if "experiment" in data else recording.parse(data, path).to_data()
+
+
+def _browse(url: str) -> None:
+    """Show an address in a browser, if there is one; its complaints are not ours."""
+    import threading
+    import webbrowser
+
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers return at their end
+
+
 def _dtype(name: str | None) -> Any:
     import torch
 
@@ -346,12 +428,15 @@ def _terminal() -> tuple[int, bool]:
     return width, interactive and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+PLAIN = dict(zip("√σκ²⁴⁶▁▂▃▄▅▆▇█", ("sqrt", "sigma", "kappa", "^2", "^4", "^6", *"_.-:=+*#"), strict=True))
+
+
 def _encodable(text: str) -> str:
     """Replace what the output's encoding lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        plain = text.replace("√", "sqrt").translate(str.maketrans("▁▂▃▄▅▆▇█", "_.-:=+*#"))
+        plain = "".join(PLAIN.get(letter, letter) for letter in text)
         return plain.encode(encoding, "replace").decode(encoding)
     return text

@@ -112,7 +112,7 @@ def named(
     if own is not None:
         channel = own.left[layout.index("c")]
         affine = channel[0] if len(channel) == 1 else f"({' '.join(channel)})"
-        given = _parts(own, x, groups)
+        given = parts(own, x, groups)
         own.sizes(x.shape, given)
         found.append(Norm("pattern", "Your pattern", own, affine, True, eps, MappingProxyType(given), scale, offset))
     return found
@@ -133,7 +133,7 @@ def _names(names: Sequence[str] | str, own: Pattern | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _parts(own: Pattern, x: Tensor, groups: int | None) -> dict[str, int]:
+def parts(own: Pattern, x: Tensor, groups: int | None) -> dict[str, int]:
     """The length of the first part of the axis that a pattern splits."""
     if len(own.left[0]) > 1:
         raise ValueError(f"pattern: the batch must stay whole; {own} splits it; split another axis.")

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from .peer import Peer, torch_peers
 from .scene import Notice
 from .trace import Array, Trace, frozen, running_after, trace
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WORKED_DY = ((1, -1, 2), (0, 3, -2), (-1, 1, 0), (2, 0, 1))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """What :func:`compare` found; immutable. Print it, or use ``to_text``, ``to_json``, ``to_html``.
+    """What :func:`compare` found; immutable. Print it, or use its methods.
 
     Attributes:
         name: What the batch is called.
@@ -59,20 +62,35 @@ class Comparison:
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """The comparison as JSON; ``schema`` and ``version`` name its form, nan and infinities are strings."""
-        from . import record
+        from . import as_json
 
-        return record.render(self, indent=indent)
+        return as_json.render(self, indent=indent)
 
     def to_html(self) -> str:
-        """One self-contained HTML document; it embeds the data."""
-        from . import html
+        """One self-contained page that shows it and lets every number be changed; it embeds the data."""
+        from . import page
 
-        return html.render(self)
+        return page.render(self)
+
+    def plot(self) -> Figure:
+        """The batch and each norm's output side by side as a matplotlib figure; the chosen value is outlined.
+
+        The batch is in greys, from its least to its greatest value; the outputs are blue below zero and orange above,
+        strongest from 3 on, all on one scale. Numbers stand where they fit; images are drawn as images, and of a
+        larger batch a corner.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from . import plot
+
+        return plot.draw(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from . import html
+        from . import html, page
 
-        return {"text/plain": self.to_text(), "text/html": html.fragment(self)}
+        shown = page.in_notebook(self.to_html(), html.fragment(self), f"normwise: {self.name}")
+        return {"text/plain": self.to_text(), "text/html": shown}
 
     def __str__(self) -> str:
         return self.to_text()

@@ -1,4 +1,4 @@
-"""A comparison as one HTML document that needs nothing else: no script, no network."""
+"""A comparison as static HTML tables: no script, no network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import cell, header, labels, record, table
+from . import cell, header, labels, table
 from .facts_table import summary_rows
 from .trace import Array, Trace
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS = 16, 12  # a larger batch shows this corner
 WIDTH = 100  # of the steps of one number
+BELOW, ABOVE, STRONGEST = (30, 110, 220), (230, 120, 20), 0.45  # colours of either sign, and the most of them on white
+SCALE = 3.0  # outputs this far from zero and further have the strongest colour
 
 STYLE = """
 .nw { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 72rem; }
@@ -35,43 +37,18 @@ STYLE = """
   .nw { color: #e6edf3; background: #0d1117 } .nw th, .nw .notes { color: #9198a1 }
   .nw .words tr { border-color: #3d444d }
 }
-body { margin: 2rem; } @media (prefers-color-scheme: dark) { body { background: #0d1117 } }
 """
 
 
 @np.errstate(all="ignore")
-def render(c: Comparison) -> str:
-    """The whole document. Its policy forbids scripts and every outside resource."""
-    title = escape(f"normwise: {c.name}")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"{_body(c)}\n"
-        f'<p class="nw notes">This file embeds {_what(c)} and what was computed from it (below, as JSON): '
-        "share it only where you would share the data.</p>\n"
-        f'<script type="application/json" id="comparison">{_embedded(c)}</script>\n</body>\n</html>\n'
-    )
-
-
-@np.errstate(all="ignore")
 def fragment(c: Comparison) -> str:
-    """The same for a notebook: no document around it, no embedded JSON."""
-    return f"<style>{STYLE.split('body {')[0]}</style>{_body(c)}"
+    """The tables with their style: no document around them."""
+    return styled("".join(_parts(c)))
 
 
-def _what(c: Comparison) -> str:
-    return "the batch" if c.x.size <= record.WHOLE else "a corner of the batch"
-
-
-def _embedded(c: Comparison) -> str:
-    """JSON that cannot end its script element."""
-    return c.to_json(indent=None).replace("<", "\\u003c")
-
-
-def _body(c: Comparison) -> str:
-    return f'<div class="nw">{"".join(_parts(c))}</div>'
+def styled(content: str) -> str:
+    """Content in the style of the tables."""
+    return f'<style>{STYLE}</style><div class="nw">{content}</div>'
 
 
 def _parts(c: Comparison) -> Iterator[str]:
@@ -88,21 +65,21 @@ def _parts(c: Comparison) -> Iterator[str]:
         items = "".join(f"<li>{escape(n.text())}</li>" for n in c.notices)
         yield f"<h2>What to notice (computed from this batch)</h2><ul>{items}</ul>"
     yield "<h2>What follows from the patterns</h2>"
-    yield _words(*summary_rows(c))
+    yield words(*summary_rows(c))
 
 
 def _outputs(c: Comparison, t: Trace) -> str:
     mean, var = table.statistics(t)
     unit = labels.each(labels.unit(t.norm.pattern, c.layout))
     under = f"<p>one mean for {unit}: {escape(mean)}</p><p>variance: {escape(var)}</p>"
-    return _figure(c, t.norm.title, str(t.norm.pattern), t.y, 3.0, under)
+    return _figure(c, t.norm.title, str(t.norm.pattern), t.y, SCALE, under)
 
 
 def _backward(c: Comparison) -> Iterator[str]:
     done = [(t, t.backward) for t in c.traces if t.backward is not None]
     if done:
         yield f'<h2>Backward: dL/dx for this dL/dy</h2><div class="norms">{_figure(c, "dy", "", done[0][1].dy, None)}'
-        yield "".join(_figure(c, t.norm.title, str(t.norm.pattern), b.dx, 3.0) for t, b in done)
+        yield "".join(_figure(c, t.norm.title, str(t.norm.pattern), b.dx, SCALE) for t, b in done)
         yield f"</div>{_steps(cell.backward_steps(c, WIDTH))}"
 
 
@@ -140,11 +117,12 @@ def _shade(v: float, scale: float | None) -> str:
     """Blue below zero, orange above, stronger away from it; the number says the same."""
     if scale is None or not np.isfinite(v):
         return ""
-    strength = round(min(abs(v) / scale, 1) * 0.45, 3)
-    return f' style="background: rgba({"230,120,20" if v > 0 else "30,110,220"},{strength})"'
+    strength = round(min(abs(v) / scale, 1) * STRONGEST, 3)
+    return f' style="background: rgba({",".join(map(str, ABOVE if v > 0 else BELOW))},{strength})"'
 
 
-def _words(titles: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> str:
+def words(titles: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> str:
+    """A table of words with a column for each title."""
     head = "".join(f'<th scope="col">{escape(t)}</th>' for t in titles)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -25,7 +25,7 @@ MOMENTS = ("mean", "var")
 
 def render(c: Comparison, *, indent: int | None) -> str:
     """The comparison as JSON; nan and infinities are strings, and a list of numbers stands on one line."""
-    text = json.dumps(_plain(_data(c)), indent=indent, allow_nan=False)
+    text = json.dumps(plain(_data(c)), indent=indent, allow_nan=False)
     return NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
 
@@ -84,14 +84,14 @@ def _corner(array: Array | None) -> Any:
     return {"shape": array.shape, "corner": array[tuple(slice(keep) for _ in array.shape)]}
 
 
-def _plain(data: Any) -> Any:
+def plain(data: Any) -> Any:
     """Arrays to lists, mappings to objects, nan and infinities to strings."""
     if isinstance(data, np.ndarray):
-        return _plain(data.tolist())
+        return plain(data.tolist())
     if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_plain(value) for value in data]
+        return [plain(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):
         return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
     return data
