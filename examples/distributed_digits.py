@@ -8,12 +8,14 @@ drift. ``--checkpoint FILE`` goes on where a run before it ended, to the same bi
 """
 
 import argparse
+import gc
 import hashlib
 import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: it keeps the group that it finds, and its threads past the end
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -55,8 +57,13 @@ def main() -> None:
         dist.init_process_group("gloo")
     else:  # without torchrun, one process
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    train(arguments)
+    gc.collect()  # DistributedDataParallel is a cycle, and holds the group
+    dist.destroy_process_group()  # joins the threads of a group that nothing holds; one left at the end could abort
 
+
+def train(arguments: argparse.Namespace) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
     digits = load_digits()
     images, labels = torch.tensor(digits.images).unsqueeze(1) / 16, torch.tensor(digits.target)
     model = build()
@@ -98,8 +105,6 @@ def main() -> None:
     if rank == 0:
         print(f"{world} processes, {arguments.norm}; one norm on the same input: y, dx and running statistics", end=" ")
         print(fingerprint([y, x.grad, norm.running_mean, norm.running_var]))
-    dist.barrier()  # gloo's threads let go of the tensors above before the interpreter ends, or it aborts
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
