@@ -150,6 +150,43 @@ def test_what_ran_is_kept_and_the_rest_runs(tmp_path: Path) -> None:
     assert len(seen) == 9
 
 
+def test_two_runs_in_one_folder_lose_nothing_and_share_the_work(tmp_path: Path) -> None:
+    begun: list[tuple[str, str]] = []
+
+    def second(trial: Trial, done: float, total: float) -> None:
+        begun.append(("second", trial.name))
+        if trial.name == "3":
+            raise KeyboardInterrupt
+
+    def first(trial: Trial, done: float, total: float) -> None:
+        begun.append(("first", trial.name))
+        if trial.name == "1":
+            with pytest.raises(KeyboardInterrupt):
+                runner.run(counting(), Plan("smoke"), tmp_path, progress=second)
+        if trial.name == "3":
+            kept = results.load(tmp_path, "counting")
+            assert kept is not None
+            assert list(kept.trials) == list(kept.seconds) == ["0", "1", "2"]
+
+    record = runner.run(counting(), Plan("smoke"), tmp_path, progress=first)
+    assert begun == [("first", "0"), ("first", "1"), *(("second", name) for name in "123"), ("first", "3")]
+    assert list(record.trials) == ["0", "1", "2", "3"]
+
+
+def test_a_run_of_another_plan_that_took_the_folder_is_not_overwritten(tmp_path: Path) -> None:
+    def beside(trial: Trial, done: float, total: float) -> None:
+        if trial.name == "1":
+            runner.run(counting(), Plan("standard"), tmp_path, fresh=True)
+
+    with pytest.raises(
+        ValueError, match=r"it is standard, seeds from 0, asked for is smoke, seeds from 0; use --fresh"
+    ):
+        runner.run(counting(), Plan("smoke"), tmp_path, progress=beside)
+    kept = results.load(tmp_path, "counting")
+    assert kept is not None
+    assert (kept.plan, kept.complete) == (Plan("standard"), True)
+
+
 def test_plots_are_the_same_files_for_the_same_numbers(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         runner.run(counting(), Plan("smoke"), tmp_path / folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import plots, results
@@ -44,26 +44,20 @@ def run(
     if plan.data is not None and not experiment.takes_data:
         raise ValueError(f"data: the experiment must use images; {experiment.name} has its own data; leave it out.")
     trials = experiment.trials(plan)
-    record = None if fresh else results.load(folder, experiment.name)
-    code = results.fingerprint(experiment)
-    if record is None:
-        record = Record(experiment.name, plan, code, len(trials))
+    record = Record(experiment.name, plan, results.fingerprint(experiment), len(trials))
+    if fresh or results.load(folder, experiment.name) is None:
         results.save(folder, experiment, record)  # what cannot be written is told before an hour has passed
-    elif record.plan != plan or record.code != code:
-        was, now = str(record.plan), str(plan) if record.plan != plan else "of other code"
-        raise ValueError(
-            f"run: {results.path_of(folder, experiment.name)} must be of this plan to go on; it is {was}, asked for is "
-            f"{now}; use --fresh to run it anew, or another folder."
-        )
     total = sum(trial.weight for trial in trials)
     done = 0.0
     for trial in trials:
+        record = _joined(record, folder, trials)
         if trial.name not in record.trials:
             progress(trial, done, total)
             start = time.perf_counter()
             numbers = trial.run(record.trials)
             record.trials[trial.name] = _finite(numbers, f"{experiment.name}, {trial.name}")
             record.seconds[trial.name] = round(time.perf_counter() - start, 3)
+            record = _joined(record, folder, trials)
             results.save(folder, experiment, record)
         done += trial.weight
     try:
@@ -74,6 +68,24 @@ def run(
             f"plot: {plot}.svg and .png must be writable; {error.strerror}; choose another folder."
         ) from None
     return record
+
+
+def _joined(record: Record, folder: Path, trials: Sequence[Trial]) -> Record:
+    """With what is on disk by now, of an earlier run or of one that runs beside this: no finished trial is lost."""
+    found = results.load(folder, record.experiment)
+    if found is None:
+        return record
+    if found.plan != record.plan or found.code != record.code:
+        was, now = str(found.plan), str(record.plan) if found.plan != record.plan else "of other code"
+        raise ValueError(
+            f"run: {results.path_of(folder, record.experiment)} must be of this plan to go on; it is {was}, asked for "
+            f"is {now}; use --fresh to run it anew, or another folder."
+        )
+    done = found.trials | record.trials
+    seconds = found.seconds | record.seconds
+    found.trials = {trial.name: done[trial.name] for trial in trials if trial.name in done}
+    found.seconds = {name: seconds[name] for name in found.trials if name in seconds}
+    return found
 
 
 def _finite(numbers: Numbers, place: str) -> Numbers:
