@@ -26,7 +26,8 @@ A verdict is computed: each experiment has one contrast with a smallest effect o
 The claim *holds* if the 95 % confidence interval lies beyond that effect, *does not hold* if it lies short of it, and
 is *undecided* otherwise; it holds *corrected* if its words reach further than the numbers. Intervals are over seeds, on
 these data and models, at the learning rates that one tuning found: they do not say how far a result carries to others,
-and another tuning can move an estimate further. The seeds are not those with which the experiments were written.
+and another tuning can move an estimate further. There are 10 seeds where a method names no other number, and 1 or 2
+others for each tuning; they are not those with which the experiments were written.
 """
 
 
@@ -96,11 +97,27 @@ def _section(row: Row) -> str:
         f"{question}\n\n{method}\n",
         "| | estimate, 95 % interval |\n|---|---|",
         *(f"| {table.escaped(name)} | {table.escaped(str(effect))} |" for name, effect in row.effects.items()),
+        *_curves(row),
         "",
         *(f"- {table.escaped(sentence)}" for sentence in row.finding.sentences),
         f"\n[Every number](evidence/{experiment.name}.json); {sum(row.record.seconds.values()):.0f} s.\n",
     ]
     return "\n".join(lines)
+
+
+def _curves(row: Row) -> list[str]:
+    """How each learning rate was chosen."""
+    if not row.curves:
+        return []
+    return [
+        "\n| | learning rates, and what they score on validation data; **the one that is used** |\n|---|---|",
+        *(
+            f"| {table.escaped(name)} | "
+            + ", ".join(f"{rate:.2g}: **{score}**" if used else f"{rate:.2g}: {score}" for rate, score, used in curve)
+            + " |"
+            for name, curve in row.curves.items()
+        ),
+    ]
 
 
 def _again(first: list[Row], second: list[Row]) -> list[str]:

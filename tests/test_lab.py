@@ -468,6 +468,21 @@ def test_what_is_shown_fits_the_terminal_and_its_encoding(
     assert cli._encodable("σ² κ √N 10⁴ 10⁶") == "sigma^2 kappa sqrtN 10^4 10^6"
 
 
+@pytest.mark.parametrize(
+    ("scores", "line"),
+    [
+        ({"accuracies": [90.0, 97.5, 10.0]}, "none 64  0.01: 90.0 %, 0.1: 97.5 % (used), 1: 10.0 %"),
+        ({"nats": [2.5, 2.25, 5.0]}, "none 64  0.01: 2.500 nats, 0.1: 2.250 nats (used), 1: 5.000 nats"),
+    ],
+    ids=["accuracies", "nats"],
+)
+def test_the_curve_of_each_tuning_is_printed(scores: dict[str, list[float]], line: str) -> None:
+    tuned = {"tune none 64": {"rates": [0.01, 0.1, 1.0], "best": 0.1, "inside": True} | scores, "train none 64": {}}
+    record = results.Record("counting", Plan("smoke"), "", 2, {}, tuned, {})
+    row = table.Row(counting(), record, Finding(exact(2), "", ""))
+    assert line in table.to_text_of(row, 80).splitlines()
+
+
 def test_agreement_of_two_runs(tmp_path: Path) -> None:
     experiment = counting()
     for name, plan in {"first": Plan("smoke"), "second": Plan("smoke", 1), "third": Plan("smoke", 50)}.items():

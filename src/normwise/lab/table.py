@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import results
-from .experiment import CORRECTED, Experiment, Finding
+from .experiment import CORRECTED, Experiment, Finding, Numbers
 from .intervals import Effect, agrees
 from .results import Record
 
@@ -38,6 +38,17 @@ class Row:
         return {self.experiment.contrast.text: self.finding.effect, **self.finding.others}
 
     @property
+    def curves(self) -> dict[str, list[tuple[float, str, bool]]]:
+        """Of each tuning on validation data the rates, what each scores, and whether it is the one that is used."""
+        tuned = {name.removeprefix("tune "): t for name, t in self.record.trials.items() if "best" in t}
+        return {
+            name: [
+                (rate, score, rate == found["best"]) for rate, score in zip(found["rates"], _scores(found), strict=True)
+            ]
+            for name, found in tuned.items()
+        }
+
+    @property
     def judgement(self) -> str:
         """The verdict, with the correction if there is one."""
         found = self.verdict
@@ -48,6 +59,13 @@ class Row:
         """Of the table: what is compared, both norms, and what became of the claim."""
         claim = f'"{self.experiment.claim}" {self.judgement}'
         return self.experiment.aspect, self.finding.batch_norm, self.finding.layer_norm, claim
+
+
+def _scores(tuned: Numbers) -> list[str]:
+    """With their unit: a model of text costs nats, others are right."""
+    if "nats" in tuned:
+        return [f"{nats:.3f} nats" for nats in tuned["nats"]]
+    return [f"{accuracy:.1f} %" for accuracy in tuned["accuracies"]]
 
 
 def rows(folder: Path, experiments: Sequence[Experiment]) -> list[Row]:
@@ -139,14 +157,25 @@ def to_text_of(row: Row, width: int) -> str:
     for name, effect in row.effects.items():
         start, *rest = textwrap.wrap(name, wide, subsequent_indent="  ")
         found += [f"{start:{wide}}  {effect}", *rest]
+    curves = [
+        f"{name}  " + ", ".join(f"{rate:.2g}: {score}{' (used)' * used}" for rate, score, used in curve)
+        for name, curve in row.curves.items()
+    ]
+    if curves:
+        found += ["", "learning rates, and what they score on validation data", *_filled(curves, width)]
     lines = [
         *(textwrap.fill(line, width, subsequent_indent=" " * 10) for line in said),
         "",
         *(textwrap.fill(part, width) + "\n" for part in experiment.method.strip().split("\n\n")),
         *found,
-        *(["", *(textwrap.fill(s, width, subsequent_indent="  ") for s in row.finding.sentences)]),
+        "",
+        *_filled(row.finding.sentences, width),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _filled(lines: Sequence[str], width: int) -> list[str]:
+    return [textwrap.fill(line, width, subsequent_indent="  ") for line in lines]
 
 
 def agreement(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
