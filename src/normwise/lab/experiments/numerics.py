@@ -124,7 +124,7 @@ def _worst(
 
 
 def _short(ratio: float) -> str:
-    return f"{ratio:g}".replace("e+0", "e")
+    return f"{ratio:.0e}".replace("e+0", "e") if ratio >= 1e4 else f"{ratio:g}"
 
 
 def _enough(results: Results, norm: str) -> str:
