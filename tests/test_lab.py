@@ -429,6 +429,22 @@ def test_what_the_command_line_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interrupted_it_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(results: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(
+        EXPERIMENTS, "counting", dataclasses.replace(counting(), trials=lambda plan: [Trial("0", stop)])
+    )
+    code, out, err = run_cli(
+        "lab", "run", "counting", "--results", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert (code, out) == (130, "")
+    assert "what has run is kept; run the same again" in err
+
+
 def test_what_one_experiment_lacks_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -242,6 +242,11 @@ def run(
                     laboratory.run(experiment, plan, results, fresh=fresh, progress=partial(show, experiment))
                 except RuntimeError as error:  # what this one needs is missing; the others run
                     wrong[str(error)] = None
+                except KeyboardInterrupt:
+                    click.echo(
+                        "\nstopped; what has run is kept; run the same again, without --fresh, to go on", err=True
+                    )
+                    raise
         rows = table.rows(results, experiments)
     except (ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
