@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from normwise import functional
+from normwise.lab import plots
 from normwise.lab.experiment import CORRECTED, FAILS, HOLDS, Plan
 from normwise.lab.experiments.speed_stability import EXPERIMENT, TRAP, judge, trials, window
 
@@ -23,8 +25,9 @@ def smoke() -> dict[str, Any]:
     return run({})
 
 
-def test_the_smoke_run_decides(smoke: dict[str, Any]) -> None:
+def test_the_smoke_run_decides(smoke: dict[str, Any], tmp_path: Path) -> None:
     finding = judge(smoke)
+    plots.draw(EXPERIMENT, smoke, tmp_path)
     assert EXPERIMENT.verdict(finding) in (HOLDS, CORRECTED)
     assert any(sentence.startswith("the trap") for sentence in finding.sentences)
     assert smoke["batch_norm 8"]["accuracies"].keys() == {"running", "in training mode", "re-estimated"}
