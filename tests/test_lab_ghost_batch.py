@@ -26,6 +26,8 @@ def test_small_groups_hurt(tmp_path: Path) -> None:
     found = run()
     plots.draw(ghost_batch.EXPERIMENT, found, tmp_path)
     assert ghost_batch.EXPERIMENT.verdict(ghost_batch.judge(found)) == HOLDS
+    others = ghost_batch.judge(found).others
+    assert {"64 - 2 examples, re-estimated", "64 - 2 examples, in training mode"} <= others.keys()
     assert all(numbers["inside"] for name, numbers in found.items() if name.startswith("tune batch_norm"))
 
 

@@ -30,6 +30,8 @@ def test_the_smoke_run_decides(smoke: dict[str, Any], tmp_path: Path) -> None:
     plots.draw(EXPERIMENT, smoke, tmp_path)
     assert EXPERIMENT.verdict(finding) in (HOLDS, CORRECTED)
     assert any(sentence.startswith("the trap") for sentence in finding.sentences)
+    others = {f"Batch Norm, 8 layers: window, {how}" for how in ("in training mode", "re-estimated")}
+    assert others <= finding.others.keys()
     assert smoke["batch_norm 8"]["accuracies"].keys() == {"running", "in training mode", "re-estimated"}
 
 

@@ -67,7 +67,6 @@ def judge(results: Results) -> Finding:
     scores = {name.removeprefix("train "): found for name, found in results.items() if name.startswith("train ")}
     means = {case: mean(found["running"], "%") for case, found in scores.items()}
     effect = _difference(scores[LARGE]["running"], scores[SMALL]["running"])
-    repaired = _difference(scores[LARGE]["re-estimated"], scores[SMALL]["re-estimated"])
     outside = [name for name, found in results.items() if name.startswith("tune ") and not found["inside"]]
     return Finding(
         effect=effect,
@@ -75,7 +74,10 @@ def judge(results: Results) -> Finding:
         layer_norm=f"{means['layer_norm']} right, one example a statistic",
         sentences=[f"the best learning rate lies at the end of the grid: {name}" for name in outside],
         others={
-            "64 - 2 examples, re-estimated": repaired,
+            **{
+                f"64 - 2 examples, {how}": _difference(scores[LARGE][how], scores[SMALL][how])
+                for how in ("re-estimated", "in training mode")
+            },
             **{
                 f"{LARGE} - {c}": _difference(scores[LARGE]["running"], scores[c]["running"])
                 for c in scores

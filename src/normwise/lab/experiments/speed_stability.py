@@ -140,8 +140,19 @@ def judge(results: Results) -> Finding:
             for what, effects in (("window", wider), ("updates saved", sooner))
             for (norm, depth), effect in effects.items()
             if (what, norm, depth) != ("window", "batch_norm", DEPTH) and effect.error  # else no run got there
-        },
+        }
+        | _scored_otherwise(results),
     )
+
+
+def _scored_otherwise(results: Results) -> dict[str, Effect]:
+    """The contrast, had Batch Norm been scored with other statistics than the running ones."""
+    found, bare = results[f"batch_norm {DEPTH}"], _windows(results[f"none {DEPTH}"])
+    return {
+        f"Batch Norm, {DEPTH} layers: window, {how}": _difference(_windows(found, how), bare, "decades")
+        for how in found["accuracies"]
+        if how != "running"
+    }
 
 
 def _times(effect: Effect) -> str:
