@@ -252,7 +252,7 @@ def test_a_recording(opened: Open, tmp_path: Path) -> None:
     with nw.record(model) as recording:
         for _ in range(5):
             model(torch.randn(8, 4))
-    page = opened("#v=1&scene=recording", text=recording.to_html())
+    page = opened(text=recording.to_html())  # shows what it is about
     layer = recording.layers[0]
     mean, running = layer.of("mean"), layer.of("running_mean")
     assert mean is not None
@@ -261,6 +261,13 @@ def test_a_recording(opened: Open, tmp_path: Path) -> None:
     said = text(page.locator("#scene [role=status]"))
     assert f"the batch's mean is {round(float(mean[4, 0]), 3):g}" in said
     assert f"{round(float(running[4, 0]), 3):g}" in said
+    status = "document.querySelector('#scene [role=status]')"
+    seen = f"() => seen.push({status}.innerText)"
+    watch = f"new MutationObserver({seen}).observe({status}, {{subtree: true, characterData: true}})"
+    page.evaluate(f"() => {{ window.seen = []; {watch} }}")
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("() => seen.some(text => text.includes('step 1:')) && seen.at(-1).includes('step 4:')")
+    expect(page.get_by_role("button", name="Play")).to_be_visible()  # again
     broken = '{"schema": "normwise.recording", "steps": [0], "layers": [{}]}'
     for i, (content, refused) in enumerate((("{}", "file of"), ("[[", "must be JSON"), (broken, "recording:"))):
         (tmp_path / f"run{i}.json").write_text(content)

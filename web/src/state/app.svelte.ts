@@ -12,7 +12,7 @@ const worked: Batch = first.values.join() === WORKED.values.join() && first.shap
 
 const INITIAL: State = {
   batch: first,
-  scene: "poke",
+  scene: embedded("recording") ? "recording" : "poke", // what one came to see
   cell: data?.cell && whole ? flatIndex(first, data.cell) : 0,
   size: Math.min(first.shape[0], 2),
   beside: [],
