@@ -334,7 +334,7 @@ def test_the_tour_with_the_keyboard_alone(opened: Open) -> None:
         page.keyboard.press("ArrowRight")
     solved(6)
     press("Next")
-    to(page.locator("#shard-s1"))
+    to(page.locator("#shard-s3"))
     page.keyboard.press("ArrowRight")
     to(page.locator("#shard-s2"))
     page.keyboard.press("ArrowLeft")

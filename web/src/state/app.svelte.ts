@@ -2,7 +2,7 @@
 
 import { normalize, type Batch, type Norm, type Result } from "../kernel/normalize";
 import { batchOf, cornerOf, embedded, normsFor, refusals, verify, WORKED, type ComparisonData } from "./comparison";
-import { adapted, indexOf, read, rowsOf, split, write, type SceneId, type State } from "./hash";
+import { adapted, dealt, indexOf, read, rowsOf, write, type SceneId, type State } from "./hash";
 
 const data = embedded<ComparisonData>("comparison");
 const whole = data && batchOf(data);
@@ -20,7 +20,7 @@ const INITIAL: State = {
   momentum: 0.1,
   repair: false,
   processes: 2,
-  ranks: split(first.shape[0]),
+  ranks: dealt(first.shape[0]),
   pattern: "n c h w -> c",
   group: 0,
   dy: null,

@@ -83,13 +83,16 @@ export function adapted(state: State, batch: Batch): State {
     cell: state.cell < batch.values.length ? state.cell : 0,
     size: Math.min(state.size, samples),
     beside: state.beside.every((sample) => sample < samples) ? state.beside : [],
-    ranks: state.ranks.length === samples ? state.ranks : split(samples),
+    ranks: state.ranks.length === samples ? state.ranks : dealt(samples),
     dy: state.dy?.length === batch.values.length ? state.dy : null,
   };
 }
 
-/** The first half of the samples on rank 0, the rest on rank 1. */
-export const split = (samples: number): number[] => Array.from({ length: samples }, (_, i) => (i < samples / 2 ? 0 : 1));
+/** The samples on two ranks: the first half on one, the rest on the other. */
+export const halves = (samples: number): number[] => Array.from({ length: samples }, (_, i) => (i < samples / 2 ? 0 : 1));
+
+/** As teams are picked, 0110 0110: in the worked batch the halves' means agree by chance, these do not. */
+export const dealt = (samples: number): number[] => Array.from({ length: samples }, (_, i) => (((i + 1) >> 1) & 1));
 
 /** Rows of channels: the view in which every batch is shown and written. */
 export function rowsOf(batch: Batch): number[][] {
