@@ -192,6 +192,49 @@ def test_anyone_can_use_every_scene(opened: Open, width: int, theme: str) -> Non
     assert wrong == {}
 
 
+def test_no_number_is_cut(opened: Open) -> None:
+    """A number that is cut reads as another one: -5.931 as -5.9."""
+    page = opened(comparison=nw.compare([[-5.931, 12345.678], [0.125, -0.001], [3, 1e-7]]))
+    assert (
+        page.evaluate("[...document.querySelectorAll('input')].filter(e => e.scrollWidth > e.clientWidth).length") == 0
+    )
+    page = opened()
+    page.set_viewport_size({"width": 320, "height": 640})
+    tables = "[...document.querySelectorAll('[role=grid]')].map(t => t.parentElement)"
+    assert page.evaluate(f"{tables}.filter(e => e.scrollWidth > e.clientWidth).length") == 0
+
+
+def test_on_a_phone_all_lines_are_seen_while_one_pulls(opened: Open) -> None:
+    page = opened()
+    page.set_viewport_size({"width": 360, "height": 640})
+    boxes = [
+        page.get_by_role("group", name=f"{name}, f0").bounding_box() for name in ("Input", "Batch Norm", "Layer Norm")
+    ]
+    tops = [box["y"] for box in boxes if box]
+    assert len(tops) == 3
+    assert max(box["y"] + box["height"] for box in boxes if box) - min(tops) < 640
+
+
+def test_each_pull_is_undone_by_itself(opened: Open) -> None:
+    page = opened()
+    bead = page.get_by_role("slider", name="s3")
+    seen = []
+    for _ in range(2):
+        box = bead.bounding_box()
+        assert box is not None
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 41, y, steps=4)
+        page.mouse.up()
+        seen.append(numbers(page, "Input")[3, 0])
+    assert 4 < seen[0] < seen[1]
+    assert re.fullmatch(r"#v=1&x=2,4,6;3,5,7;1,3,5;[\d.]{1,6},6,8", page.evaluate("location.hash"))
+    for value in (seen[0], 4):
+        page.get_by_role("button", name="Undo").click()
+        assert numbers(page, "Input")[3, 0] == value
+
+
 @pytest.mark.parametrize(
     "batch",
     [

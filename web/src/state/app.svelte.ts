@@ -99,6 +99,11 @@ class App {
     this.save();
   }
 
+  /** A pull ends where it is let go: the next one is undone by itself. Pins in a row stay one step. */
+  settle(): void {
+    if (this.gesture !== "pin") this.gesture = "";
+  }
+
   /** Put numbers into the batch: pairs of index and value. */
   edit(values: Iterable<readonly [number, number]>, gesture = ""): void {
     const next = [...this.state.batch.values];
