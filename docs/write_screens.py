@@ -25,9 +25,9 @@ FRAMES = 14
 def loop(page: Page, path: Path) -> None:
     """s3 is pulled to the right and back: under Batch Norm the others move, under Layer Norm they stay."""
     bead = page.get_by_role("slider", name="s3").first
-    box = page.locator("#scene .panels").first.bounding_box()
+    box = page.locator("#scene .card").first.bounding_box()
     assert box is not None
-    clip = {"x": box["x"] - 16, "y": box["y"] - 12, "width": box["width"] + 32, "height": box["height"] + 128}
+    clip = {"x": box["x"] - 16, "y": box["y"] - 12, "width": box["width"] + 32, "height": box["height"] + 24}
     size = 760, round(760 * clip["height"] / clip["width"])
     frames = []
     for i in range(FRAMES):

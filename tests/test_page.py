@@ -291,6 +291,42 @@ def test_a_lesson_prints_as_a_sheet(opened: Open) -> None:
     assert "mean" in said
 
 
+def test_paper_is_light(opened: Open) -> None:
+    page = opened()
+    page.emulate_media(color_scheme="dark")
+    look = (
+        "[document.documentElement.dataset.theme, document.querySelector('td[role=gridcell]:not(.input)').style.color]"
+    )
+    dark = page.evaluate(look)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert (dark, page.evaluate(look)) == (["dark", "rgb(255, 255, 255)"], ["light", "rgb(21, 24, 29)"])
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
+
+
+def test_what_is_no_number_does_not_stay(opened: Open) -> None:
+    page = opened()
+    field = page.get_by_label("s3, f0", exact=True).first
+    for text in ("abc", "1e400", ""):
+        field.fill(text)
+        field.press("Enter")
+        expect(field).to_have_attribute("aria-invalid", "true")
+        assert field.evaluate("e => e.validationMessage") == "It must be a number of at most 1e12; write another."
+        field.press("Tab")
+        expect(field).to_have_value("4")
+        expect(field).to_have_attribute("aria-invalid", "false")
+
+
+def test_the_menu_closes(opened: Open) -> None:
+    page = opened()
+    item = page.get_by_role("button", name="Copy as PyTorch")
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: page.locator(".lead").click()):
+        page.get_by_text("More", exact=True).click()
+        expect(item).to_be_visible()
+        leave()
+        expect(item).to_be_hidden()
+
+
 def test_what_can_be_taken_along(opened: Open) -> None:
     page = opened()
     page.get_by_label("s3, f2", exact=True).first.fill("14")
