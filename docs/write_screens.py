@@ -18,15 +18,20 @@ SHOWN = {
     "future": "#v=1&scene=future&text=the_car/sat_mat",
     "cube": "#v=1&scene=cube",
 }
-PULLED = 5.0  # how far s3 is pulled
+PULLED = 240.0  # pixels that s3 is pulled
 FRAMES = 14
 
 
 def loop(page: Page, path: Path) -> None:
     """s3 is pulled to the right and back: under Batch Norm the others move, under Layer Norm they stay."""
-    bead = page.get_by_role("slider", name="s3").first
+    page.get_by_role("slider", name="s3").hover()
+    bead = page.get_by_role("slider", name="s3").bounding_box()
     box = page.locator("#scene .card").first.bounding_box()
     assert box is not None
+    assert bead is not None
+    x, y = bead["x"] + bead["width"] / 2, bead["y"] + bead["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
     clip = {"x": box["x"] - 16, "y": box["y"] - 12, "width": box["width"] + 32, "height": box["height"] + 24}
     size = 760, round(760 * clip["height"] / clip["width"])
     frames = []
@@ -34,8 +39,7 @@ def loop(page: Page, path: Path) -> None:
         shot = page.screenshot(clip=clip)  # type: ignore[arg-type]
         frames.append(Image.open(io.BytesIO(shot)).convert("RGB").resize(size))
         if i + 1 < FRAMES:
-            bead.press("ArrowRight")
-            bead.press("ArrowRight")
+            page.mouse.move(x + (i + 1) * PULLED / (FRAMES - 1), y)
             page.wait_for_timeout(220)
     frames = [frames[0]] * 3 + frames + [frames[-1]] * 6 + frames[::-1]
     palette = [frame.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE) for frame in frames]
@@ -53,10 +57,11 @@ def main() -> None:
         for name, link in SHOWN.items():
             page.goto("about:blank")
             page.goto(path.as_uri() + link)
-            page.wait_for_timeout(400)
+            page.wait_for_timeout(2000)  # until what is drawn has been drawn
             page.screenshot(path=SCREENS / f"{name}.png", full_page=True)
         page.goto("about:blank")
         page.goto(path.as_uri())
+        page.wait_for_timeout(1000)
         loop(page, SCREENS / "poke.gif")
         browser.close()
 

@@ -220,13 +220,15 @@ def test_each_pull_is_undone_by_itself(opened: Open) -> None:
     bead = page.get_by_role("slider", name="s3")
     seen = []
     for _ in range(2):
+        bead.hover()  # waits until it stands still
         box = bead.bounding_box()
         assert box is not None
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x, y)
+        below = page.get_by_role("grid", name="Input").bounding_box()
         page.mouse.down()
         page.mouse.move(x + 41, y, steps=4)
         page.mouse.up()
+        assert page.get_by_role("grid", name="Input").bounding_box() == below  # nothing jumps meanwhile
         seen.append(numbers(page, "Input")[3, 0])
     assert 4 < seen[0] < seen[1]
     assert re.fullmatch(r"#v=1&x=2,4,6;3,5,7;1,3,5;[\d.]{1,6},6,8", page.evaluate("location.hash"))
@@ -297,9 +299,10 @@ def test_paper_is_light(opened: Open) -> None:
     look = (
         "[document.documentElement.dataset.theme, document.querySelector('td[role=gridcell]:not(.input)').style.color]"
     )
-    dark = page.evaluate(look)
+    page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
+    assert page.evaluate(look) == ["dark", "rgb(255, 255, 255)"]
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert (dark, page.evaluate(look)) == (["dark", "rgb(255, 255, 255)"], ["light", "rgb(21, 24, 29)"])
+    assert page.evaluate(look) == ["light", "rgb(21, 24, 29)"]
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
 
