@@ -215,6 +215,14 @@ def test_on_a_phone_all_lines_are_seen_while_one_pulls(opened: Open) -> None:
     assert max(box["y"] + box["height"] for box in boxes if box) - min(tops) < 640
 
 
+def test_beads_say_whose_they_are(opened: Open) -> None:
+    page = opened("#v=1&layout=nchw&shape=2,2,1,2&x=1,2;3,4;5,6;7,9")
+    bead = page.get_by_role("slider", name="s1,h0,w1")
+    assert bead.text_content() == "s1"
+    inside = "g => g.querySelector('text').getBBox().width < g.querySelector('circle:last-of-type').getBBox().width"
+    assert bead.evaluate(inside)
+
+
 def test_each_pull_is_undone_by_itself(opened: Open) -> None:
     page = opened()
     bead = page.get_by_role("slider", name="s3")

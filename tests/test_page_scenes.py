@@ -90,6 +90,7 @@ def test_batch_size(opened: Open, size: int, low: float, high: float) -> None:
 
 def test_one_sample_cannot_train(opened: Open) -> None:
     assert "cannot train on one value per feature" in text(opened("#v=1&scene=size&size=1"))
+    assert "Cannot train: one value for each feature has no variance" in text(opened("#v=1&x=1,2"))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 10, 200])
