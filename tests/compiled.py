@@ -85,6 +85,31 @@ def layer_norms() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"planar backward {cols}", "layer_norm_backward", (x, x, s, s, [cols], w, FLOAT, [True] * 3)
 
 
+def channels() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Calls of the operators of batch_norm and group_norm, each with a name."""
+    every = [True] * 3
+    for layout, size, dtype in (("planar", 56, HALF), ("planar", 7, FLOAT), ("between", 28, HALF)):
+        x, w = torch.empty(2, 96, size, size, dtype=dtype), torch.empty(96)
+        x = x if layout == "planar" else x.contiguous(memory_format=torch.channels_last)
+        s, g = torch.empty(96, dtype=torch.float64), torch.empty(2, 32, dtype=torch.float64)
+        case = f"{layout} {size}"
+        for exact in (True, False):
+            back = x, x, s, s, 1e-5, True, None, exact, w, FLOAT, every
+            yield f"{case} exact {exact} forward", "batch_norm_forward", (x, w, w, 1e-5, None, exact)
+            yield f"{case} exact {exact} backward", "batch_norm_backward", back
+        back = x, x, x, s, s, 1e-5, True, None, False, w, FLOAT, [True] * 4
+        yield f"{case} relu", "batch_norm_relu", (x, w, w, w, w, 1e-5, None, x)
+        yield f"{case} relu backward", "batch_norm_relu_backward", back
+        yield f"{case} groups", "group_norm_forward", (x, 32, w, w, 1e-5, None, None)
+        yield f"{case} groups backward", "group_norm_backward", (x, x, g, g, 32, 1e-5, None, w, FLOAT, every)
+    x, s, n = torch.empty(2, 64, 9, 9), torch.empty(64, dtype=torch.float64), torch.empty(2, dtype=torch.bool)
+    yield "masked channels", "batch_norm_relu_forward", (x, None, None, 1e-5, n, None, True)
+    yield "float64 channels", "batch_norm_forward", (x.double(), None, None, 1e-5, None, True)
+    yield "sums", "batch_norm_sums", (x, 1e-5, None, True)
+    yield "moments", "batch_norm_moments", (torch.empty(64, 45, dtype=torch.int64),)
+    yield "running", "update_running_", (s.float(), s.float(), torch.zeros((), dtype=torch.int64), s, s, 9, None, None)
+
+
 def main(capabilities: list[int]) -> None:
     compiled: list[Any] = []
 
@@ -94,7 +119,7 @@ def main(capabilities: list[int]) -> None:
     JITFunction.__getitem__ = compile_only
     for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
-        for case, name, args in layer_norms():
+        for case, name, args in (*layer_norms(), *channels()):
             load(name)(*args)
             for kernel in compiled:
                 print(json.dumps({"case": case, "capability": capability, **facts(kernel)}))

@@ -16,7 +16,12 @@ if not torch.cuda.is_available():
 
 import cases
 
-collect_ignore = ["compiled.py", "interpreted.py", "interpreter.py"]  # they change what triton does when imported
+collect_ignore = [
+    "compiled.py",
+    "gpu.py",
+    "interpreted.py",
+    "interpreter.py",
+]  # they change what triton does when imported
 
 torch.manual_seed(0)  # for what is drawn while tests are collected
 
@@ -36,6 +41,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed(request: pytest.FixtureRequest) -> None:
     """The same numbers for a test whatever else runs, and others for each test."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory of ``torch.empty`` holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(autouse=True)

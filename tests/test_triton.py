@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,20 @@ from torch import Tensor
 
 import normwise as nw
 from normwise.kernels import triton as kernels
-from normwise.ops.common import OPS, REFERENCE
+from normwise.ops.common import REFERENCE
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 
-HERE = Path(__file__).parent
-GPU = torch.cuda.is_available()
-ON_A_GPU = pytest.mark.skipif(not GPU, reason="no CUDA device")
-DEVICE = "cuda" if GPU else "cpu"
-NORMS = [cases.BY_NAME["layer_norm"], cases.BY_NAME["rms_norm"]]
+from gpu import DEVICE, GPU, ON_A_GPU, op, unaligned
 
 if not GPU:
     import interpreter
 
-from normwise.kernels.triton import layer_norm, rows  # noqa: E402  which import triton
+from normwise.kernels.triton import layer_norm, rows
 
-
-def op(name: str) -> Callable[..., Any]:
-    """An operator where it runs here: on the GPU by the dispatcher, in the interpreter called at once."""
-    return getattr(OPS, name).default if GPU else interpreter.implementation(name)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN
-    yield
-    torch.use_deterministic_algorithms(before)
+HERE = Path(__file__).parent
+NORMS = [cases.BY_NAME["layer_norm"], cases.BY_NAME["rms_norm"]]
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(params=[1, 128], ids=["one_row", "several_rows"])
@@ -165,12 +151,6 @@ def test_an_example_has_the_same_bits_alone_and_in_any_batch(name, dtype, shape,
             alone = call(name, given)
             assert torch.equal(alone["y"], whole["y"][part])
             assert torch.equal(alone["dx"], whole["dx"][part])
-
-
-def unaligned(t: Tensor) -> Tensor:
-    """The same values one place beyond what the kernels were compiled for."""
-    room = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
-    return room[1:].as_strided(t.shape, t.stride()).copy_(t)
 
 
 def test_a_row_of_several_tiles_has_the_same_bits_in_any_batch(small_tiles):
@@ -317,11 +297,12 @@ def test_triton_is_not_imported_before_it_is_called():
 
 
 @pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
-def test_the_contract_holds_in_the_interpreter():
-    """Autograd, layouts, scales and bad values: the tests of the contract, of which it can do one in so many."""
+@pytest.mark.parametrize(("module", "every"), [("test_contract.py", 37), ("test_exact_sum.py", 17)])
+def test_the_contract_holds_in_the_interpreter(module: str, every: int):
+    """Autograd, layouts, scales, bad values and order: the tests of the contract, of which it can do one in so many."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "interpreted", "-q", "-x", "--no-header", "-p", "no:cacheprovider",
-         "-k", "(layer_norm or rms_norm or sum) and not batch_norm", "--every", "15", "test_contract.py"],
+         "--every", str(every), module],
         cwd=HERE, env={**os.environ, "NORMWISE_CPU": "reference", "OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
@@ -329,22 +310,20 @@ def test_the_contract_holds_in_the_interpreter():
 
 
 def test_the_compiler_spills_nothing_and_loads_16_bytes_at_once():
-    """For the GPUs of compute capability 8.0 and 9.0, which need not be here."""
+    """For GPUs of compute capability 9.0, which need not be here; others by hand, since it takes a while."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, HERE / "compiled.py", "80", "90"]
+    command = [sys.executable, HERE / "compiled.py", "90"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {one["kernel"] for one in found} == {
-        "_forward",
-        "_forward_parts",
-        "_backward",
-        "_backward_parts",
-        "_add_blocks",
-    }
+    of_rows = {"_forward", "_forward_parts", "_backward", "_backward_parts"}
+    of_channels = {"_moments_of_parts", "_normalize", "_gradients_of_parts", "_dx"}
+    assert of_rows | of_channels <= {one["kernel"] for one in found}
     for one in found:
-        assert one["stack"] <= 32, one
-        assert one["load"] == 128 or one["case"].split()[1] == "1", one
+        assert one["stack"] <= (64 if one["case"] == "float64 channels" else 32), one
+        packed = one["kernel"] in of_rows and one["case"].split()[1:2] != ["1"]
+        if packed or (one["kernel"] in of_channels and one["case"].startswith(("planar 56", "between"))):
+            assert one["load"] == 128, one
         alike = [
             other["sums"] for other in found if (other["case"], other["capability"]) == ("forward", one["capability"])
         ]

@@ -20,6 +20,12 @@ FAMILIES = {
         for name in ("layer_norm", "rms_norm", "fused_add_layer_norm", "fused_add_rms_norm")
         for part in ("", "_forward", "_backward")
     ],
+    "group_norm": ["group_norm", "group_norm_forward", "group_norm_backward"],
+    "batch_norm": [
+        *(f"{name}{part}" for name in ("batch_norm", "batch_norm_relu") for part in ("", "_forward", "_backward")),
+        *(f"batch_norm_{part}" for part in ("sums", "moments", "gradient_sums", "backward_of_sums")),
+    ],
+    "update_running": ["update_running_"],
 }
 """The operators of each module here."""
 

@@ -101,8 +101,18 @@ def merged(mean, squares, count, share, AXIS: tl.constexpr):
 
 
 @triton.jit
+def joined(mean, squares, count, other_mean, other_squares, other_count):
+    """Mean, sum of squared deviations and count of two groups as one; an empty group changes nothing."""
+    total = count + other_count
+    share = other_count / tl.where(total > 0, total, 1.0)
+    apart = tl.where(other_count > 0, other_mean - mean, 0.0)
+    squares = squares + tl.where(other_count > 0, other_squares, 0.0) + apart * (count * share) * apart
+    return mean + apart * share, squares, total
+
+
+@triton.jit
 def factors(mean, rstd, WIDE: tl.constexpr):
-    """What :func:`normalized` needs of a group with these statistics: unit, hi, scale, rest.
+    """What :func:`standardized` needs of a group with these statistics: unit, hi, scale, rest.
 
     The unit is a power of two near rstd, which keeps all values in the range of float32. hi is the mean but for digits
     below 2**-18 of the deviation: without them x - hi is exact, or rounded at random. They follow in the rest.
@@ -125,11 +135,17 @@ def factors(mean, rstd, WIDE: tl.constexpr):
 
 
 @triton.jit
+def standardized(x, unit, hi, scale, rest, AXIS: tl.constexpr):
+    """Give xhat of a tile from the factors of its groups."""
+    centred = x * along(unit, x, AXIS) - along(hi, x, AXIS)
+    return tl.fma(centred, along(scale, x, AXIS), along(rest, x, AXIS))
+
+
+@triton.jit
 def normalized(x, mean, rstd, AXIS: tl.constexpr):
     """Give xhat of a tile, and in two factors what a gradient is multiplied by, from the statistics of its groups."""
     unit, hi, scale, rest = factors(mean, rstd, x.dtype)
-    unit, scale = along(unit, x, AXIS), along(scale, x, AXIS)
-    return tl.fma(x * unit - along(hi, x, AXIS), scale, along(rest, x, AXIS)), scale, unit
+    return standardized(x, unit, hi, scale, rest, AXIS), along(scale, x, AXIS), along(unit, x, AXIS)
 
 
 @triton.jit(do_not_specialize=["blocks"])
