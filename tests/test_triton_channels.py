@@ -54,7 +54,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, sizes in (
         (channels, {"TILE": 64, "SIDE": 4, "STEPS": 3}),
         (batch_norm, {"ROWS": 4, "MOST": 8}),
-        (group_norm, {"ROWS": 2, "COLUMNS": 2}),
+        (group_norm, {"ROWS": 2, "COLUMNS": 2, "LONGEST": 64}),
     ):
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
@@ -119,7 +119,9 @@ def assert_right(got: dict[str, Tensor], want: dict[str, Tensor], given: list[Te
             assert got[key].stride() == torch.empty_like(x).stride()
             limit = torch.finfo(x.dtype).eps / 2 if half else cases.A1["y" if key == "y" else "dx"]
         else:
-            limit = 1e-9 if key in ("mean", "var", "rstd") else cases.A1["dweight"]
+            limit = (
+                1e-12 if key in ("mean", "var") and "var" in want else cases.A1["dweight"]
+            )  # a group's may be float32
         scale = max(exact, dy.double(), key=torch.linalg.vector_norm) if key in ("dweight", "dbias") else None
         assert cases.error(got[key], exact, scale) <= limit, key
 
@@ -311,7 +313,7 @@ def test_the_output_of_group_norm_may_be_wider(out_dtype):
     args = x, 2, w, b, cases.EPS, None, out_dtype
     for ours, theirs in zip(op("group_norm_forward")(*args), REFERENCE["group_norm_forward"](*args), strict=True):
         assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
-        assert cases.error(ours, theirs.double()) <= cases.A1["y"]
+        assert cases.error(ours, theirs.double()) <= cases.A1["dx"]
     _, mean, rstd = REFERENCE["group_norm_forward"](*args)
     back = dy.to(out_dtype), x, mean, rstd, 2, cases.EPS, None, w, b.dtype, [True] * 3
     for ours, theirs in zip(op("group_norm_backward")(*back), REFERENCE["group_norm_backward"](*back), strict=True):

@@ -1,7 +1,8 @@
 """group_norm, and with a group for each channel instance_norm: every group of an example has its own statistics.
 
-The moments of all parts of all channels come first, then the statistics of each group, then y; backward likewise. The
-sums of a group have an order that the shape of an example sets.
+Of contiguous memory a group is a row: one that a tile holds is read once. Of others the moments of all parts of all
+channels come first, then the statistics of each group, then y; backward likewise. The sums of a group have an order
+that the shape of an example sets.
 """
 
 from __future__ import annotations
@@ -15,10 +16,52 @@ import triton.language as tl
 from torch import Tensor
 
 from .channels import Channels, Own, channels_of, check, mask_of, moments_of_part, store_factors
-from .common import EXACT, add_blocks, get, joined, laid_out, merged, ready, wide
+from .common import (
+    EXACT,
+    add_blocks,
+    along,
+    get,
+    joined,
+    laid_out,
+    merged,
+    moments,
+    normalized,
+    ready,
+    rounded,
+    warps,
+    wide,
+)
+from .rows import Rows, tile_of_rows
 
 ROWS, COLUMNS = 64, 64
 """The most parts and channels of a group that a tile takes."""
+
+LONGEST = 16384
+"""Values of the largest group that a tile holds whole."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _whole_groups(
+    x, y, weight, bias, mean, rstd, rows, cols, groups, width, positions, eps: tl.float64,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    number, exists, col, offsets, inside = tile_of_rows(
+        tl.program_id(0), rows, cols, 0, cols, 1, ROWS, BLOCK, False
+    )  # fmt: skip
+    result = get(x + offsets, inside, WIDE)
+    count = tl.cast(cols, tl.float64)
+    m, squares = moments(result, col < cols, count, -1, True)
+    r = tl.rsqrt(squares / count + eps)
+    if rstd is not None:
+        tl.store(mean + number, m, mask=exists)
+        tl.store(rstd + number, r, mask=exists)
+    result, _, _ = normalized(result, m, r, -1)
+    channel = along(number % groups * width, result, -1) + col // positions
+    if weight is not None:
+        result = result * get(weight + channel, inside, WIDE)
+    if bias is not None:
+        result = result + get(bias + channel, inside, WIDE)
+    tl.store(y + offsets, rounded(result, y), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size", "many", "positions"])
@@ -127,6 +170,14 @@ def forward(
     places, own = mask_of(mask, x), _own(at, groups)
     y = torch.empty_like(source, dtype=out_dtype or x.dtype)
     mean, rstd = (x.new_empty(at.examples, groups, dtype=torch.float64) if save else None for _ in range(2))
+    group = Rows(1, own.many, own.width * at.positions, 0, own.width * at.positions, 1)
+    if at.planar and places is None and group.cols <= LONGEST:
+        rows, block, _ = group.tile(LONGEST)
+        _whole_groups[(triton.cdiv(own.many, rows),)](
+            source, y, ready(weight), ready(bias), mean, rstd, own.many, group.cols, groups, own.width, at.positions,
+            float(eps), ROWS=rows, BLOCK=block, WIDE=wide(source, y), num_warps=warps(rows * block), **EXACT,
+        )  # fmt: skip
+        return laid_out(y, x), mean, rstd
     numbers = _numbers(own, source, y)
     parts = at.moments(source, places)
     _statistics[(own.many,)](
