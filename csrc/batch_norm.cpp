@@ -59,6 +59,12 @@ bool on_grid(const int64_t* sums, bool is_float) {
   return !sums[kDigits] && !sums[kSlots + kDigits] && (is_float || value_of(sums + kSlots).hi > 0x1p-240);
 }
 
+// Whether the grid's lowest digit is rounding beside these sums.
+template <class T>
+bool above_grid(const GradientSums& all) {
+  return sizeof(Wide<T>) == 4 || (std::fabs(all.dy) > 0x1p-240 && std::fabs(all.dyc) > 0x1p-240);
+}
+
 // The sums of dy and of dy * (x - mean) * unit, with lo * unit what the mean has beside hi; with `to`, as order-free
 // sums too.
 void add_gradients(const ByChannel<GradientSums>& parts, int64_t first, int64_t last, const double* lo,
@@ -226,8 +232,8 @@ Four backward(const Tensor& grad, const MaybeTensor& y, const Tensor& x, const T
                                : reproducible ? local + 2 * kSlots * (c - first)
                                               : nullptr;
         GradientSums all = merged[c - first];
-        if (whole || (exact && !exact[kDigits] && !exact[kSlots + kDigits]))  // else what is off the grid makes NaN
-          all = {value_of(exact).hi, value_of(exact + kSlots).hi};
+        if (whole || (exact && !exact[kDigits] && !exact[kSlots + kDigits] && above_grid<T>(all)))
+          all = {value_of(exact).hi, value_of(exact + kSlots).hi};  // else what is off the grid makes NaN or is lost
         const auto of = statistics<T>(means[c], vars[c], eps);
         const double alpha = of.rstd * at(ws, c, 1), count = whole ? std::max(1.0, whole->count[c]) : here;
         dweight[c] = whole || v.values() ? all.dyc * (of.rstd / of.unit()) : 0;

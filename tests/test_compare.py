@@ -992,7 +992,7 @@ PACKED = [{"type": "application/gzip", "id": "packed-style"}, {"type": "applicat
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3), (2, 3, 4), (2, 3, 4, 5), (50, 100)], ids=str)
 def test_html_is_self_contained(shape: tuple[int, ...]) -> None:
-    """No address but an icon that the page holds, no handler in an attribute, and no script but the page's own, by its hash."""
+    """No address but of an icon within, no handler in an attribute, and no script but the page's own, by its hash."""
     c = nw.compare(random(*shape), "all", grad=True)
     page = Page(c.to_html())
     assert [tag for tag, _ in page.elements].count("html") == 1

@@ -110,6 +110,19 @@ def test_merged_parts_equal_one_process(ratio: float):
     assert all(torch.equal(p, q) for p, q in zip(merged[2:], (y, leaf.grad, w.grad, b.grad), strict=True))
 
 
+@pytest.mark.parametrize("scale", [1e-120, 1e-105, 1e-60, 1e100])
+def test_gradients_of_any_size_in_float64(scale: float):
+    """What the grid of exact sums cannot hold is added in order."""
+    x, dy = (t.double() for t in cases.draw((6, 3, 20)))
+    found = []
+    for factor in (1.0, scale):
+        leaf, w, b = x.clone().requires_grad_(), *(torch.ones(3, dtype=torch.float64).requires_grad_() for _ in "wb")
+        y = nf.batch_norm(leaf, None, None, w, b, training=True, reproducible=True)
+        found.append([grad / factor for grad in torch.autograd.grad(y, (leaf, w, b), dy * factor)])
+    for plain, scaled in zip(*found, strict=True):
+        assert torch.allclose(scaled, plain, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1.0, 1e30])
 def test_the_moments_of_merged_parts_are_exact(scale: float):
     x = (torch.randn(50, 3, dtype=torch.float64) * scale + scale * 1e3).float()

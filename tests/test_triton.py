@@ -153,6 +153,19 @@ def test_an_example_has_the_same_bits_alone_and_in_any_batch(name, dtype, shape,
             assert torch.equal(alone["dx"], whole["dx"][part])
 
 
+@pytest.mark.parametrize("gap", [lambda x: x[:, :300], lambda x: x[::2]], ids=["channels", "examples"])
+def test_gaps_between_examples_change_no_bits(gap):
+    """As of a chunk of channels, or of every second example."""
+    x, _, w, b, dy, _ = inputs((4, 600, 3, 3), 30.0, torch.float32, torch.float32)
+    x, dy = (gap(t.reshape(4, 600, 3, 3)).movedim(1, -1) for t in (x, dy))
+    w, b = (torch.linspace(0.5, 1.5, x.shape[-1], device=DEVICE) for _ in "wb")
+    whole = both("layer_norm", x, None, w, b, dy, None)
+    for i in range(len(x)):
+        alone = both("layer_norm", x[i : i + 1], None, w, b, dy[i : i + 1], None)
+        assert torch.equal(alone["y"], whole["y"][i : i + 1])
+        assert torch.equal(alone["dx"], whole["dx"][i : i + 1])
+
+
 def test_a_row_of_several_tiles_has_the_same_bits_in_any_batch(small_tiles):
     for layout, shape in ((packed, (3, 3, 100)), (planar, (3, 34, 40))):
         x, _, w, b, dy, _ = inputs(shape, 3.0, torch.float32, torch.float32)
@@ -218,6 +231,15 @@ def test_operators_stay_within_their_arguments(shape: Any, weight: Tensor | None
     x = torch.randn(2, 4, 3, device=DEVICE)
     with pytest.raises(RuntimeError, match="normwise:"):
         op("layer_norm")(x, shape, None if weight is None else weight.to(DEVICE), None, 1e-5, None)
+
+
+def test_what_goes_with_x_has_its_shape():
+    x, s = torch.randn(2, 3, device=DEVICE), torch.ones(2, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"normwise: residual must be floating-point, \(2, 3\).*\(1, 3\)"):
+        op("fused_add_layer_norm")(x, x[:1], [3], None, None, 1e-5, None)
+    for dy, mean in ((x[:1], s), (x, s[:1])):
+        with pytest.raises(RuntimeError, match=r"normwise: (dy|mean) must be"):
+            op("layer_norm_backward")(dy, x, mean, s, [3], None, None, [True] * 3)
 
 
 def test_offsets_beyond_2_to_31():

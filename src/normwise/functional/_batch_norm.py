@@ -44,7 +44,7 @@ def batch_norm(
         eps: Added to the variance, inside the root.
         mask: (N) or (N, ...), True where valid. Other positions take no part and give 0.
         num_batches_tracked: Integer scalar, incremented in place with the running statistics.
-        reproducible: If True, training on the CPU kernels gives the same bits in any order of the examples; None for
+        reproducible: If True, training on a kernel gives the same bits in any order of the examples; None for
             True where an example has 16 or more values a channel. The reference ignores it.
 
     Returns:

@@ -44,7 +44,7 @@ def sync_batch_norm(
         process_group: The processes; None for all. Its backend may be any that adds up int64.
         mask: (N) or (N, ...), True where valid. Other positions take no part and give 0.
         num_batches_tracked: Integer scalar, incremented in place with the running statistics.
-        reproducible: If True, on the CPU kernels the bits depend neither on the number of processes nor on how the
+        reproducible: If True, on the kernels the bits depend neither on the number of processes nor on how the
             examples are split over them, and equal :func:`batch_norm`'s; None for True where an example has 16 or more
             values a channel.
         layer: A name for this call, the same on every process and no other call's, by which errors tell where a process
@@ -106,5 +106,5 @@ def sync_batch_norm(
 
 def settings(x: Tensor, eps: float, momentum: float | None, reproducible: bool | None) -> str:
     """What must be the same on every process, in words."""
-    dtype, isa = str(x.dtype).removeprefix("torch."), kernels.instruction_set()
-    return f"{x.shape[1]} channels, {dtype}, eps {eps}, momentum {momentum}, reproducible {reproducible}, {isa}"
+    dtype, where = str(x.dtype).removeprefix("torch."), kernels.instruction_set() if x.is_cpu else x.device.type
+    return f"{x.shape[1]} channels, {dtype}, eps {eps}, momentum {momentum}, reproducible {reproducible}, {where}"

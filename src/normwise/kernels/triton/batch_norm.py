@@ -43,16 +43,16 @@ def _store_statistics(m, v, mean, var, numbers, channel, channels, eps):
         store_factors(numbers, channel, exists, m, tl.rsqrt(v + eps), channels)
 
 
-@triton.jit(do_not_specialize=["size", "many", "positions", "span"])
+@triton.jit(do_not_specialize=["size", "many", "chunks", "positions", "span"])
 def _merge(
     parts, size, many, channels, chunks, span, positions, to, mean, var, numbers, eps: tl.float64,
     ROWS: tl.constexpr, MOST: tl.constexpr, COLUMNS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < channels
     m = tl.zeros([COLUMNS], tl.float64)
     squares, count = m, m
-    first = tl.program_id(1) * MOST
+    first = tl.program_id(0) * MOST
     for begin in range(first, tl.minimum(first + MOST, many), ROWS):
         number = begin + tl.arange(0, ROWS)[:, None]
         inside = (number < many) & exists[None, :]
@@ -63,8 +63,8 @@ def _merge(
         its_mean, its_squares = merged(means, its_squares, counts, 1.0 / tl.where(n > 0, n, 1.0), 0)
         m, squares, count = joined(m, squares, count, its_mean, its_squares, n)
     if to is not None:
-        at = to + tl.program_id(1).to(tl.int64) * channels + channel
-        size = tl.num_programs(1).to(tl.int64) * channels
+        at = to + tl.program_id(0).to(tl.int64) * channels + channel
+        size = tl.num_programs(0).to(tl.int64) * channels
         tl.store(at, m, mask=exists)
         tl.store(at + size, squares, mask=exists)
         tl.store(at + 2 * size, count, mask=exists)
@@ -72,14 +72,14 @@ def _merge(
         _store_statistics(m, squares / tl.where(count > 0, count, 1.0), mean, var, numbers, channel, channels, eps)
 
 
-@triton.jit(do_not_specialize=["size", "many", "positions", "span"])
+@triton.jit(do_not_specialize=["size", "many", "chunks", "positions", "span"])
 def _deposit_moments(
     parts, size, many, channels, chunks, span, positions, sums,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < channels
-    number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = (number < many) & exists[None, :]
     mean, squares, count = moments_of_part(
         parts, size, number, channel[None, :], inside, channels, chunks, span, positions, COUNTED
@@ -93,7 +93,7 @@ def _deposit_moments(
     deposit(total_rest, at, exists)
     deposit(square, at + _SLOTS, exists)
     deposit(square_rest, at + _SLOTS, exists)
-    tl.atomic_add(at + 2 * _SLOTS, tl.sum(count, 0).to(tl.int64), mask=exists)
+    tl.atomic_add(at + 2 * _SLOTS, tl.sum(count, 0).to(tl.int64), mask=exists, sem="relaxed")
 
 
 @triton.jit
@@ -133,9 +133,9 @@ def _mantissa_of_rstd(var, channel, exists, eps):
 def _deposit_gradients(
     parts, var, eps: tl.float64, sums, many, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < channels
-    number = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    number = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = (number < many) & exists[None, :]
     part = parts + number * channels + channel[None, :]
     dyxhat = tl.load(part, mask=inside, other=0.0)
@@ -160,9 +160,11 @@ def _gradients_of_channels(
         db, _ = value(at, exists)
         dw, _ = value(at + _SLOTS, exists)
         dw = dw * _mantissa_of_rstd(var, channel, exists, eps)
-        if totals is not None:  # where the grid could not hold a term
-            dw = tl.where(dw == dw, dw, tl.load(totals + channel, mask=exists, other=0.0))
-            db = tl.where(db == db, db, tl.load(totals + channels + channel, mask=exists, other=0.0))
+        if totals is not None:  # where the grid cannot hold the terms
+            other_dw = tl.load(totals + channel, mask=exists, other=0.0)
+            other_db = tl.load(totals + channels + channel, mask=exists, other=0.0)
+            dw = tl.where((dw == dw) & (tl.abs(other_dw) > power_of_two(-240)), dw, other_dw)
+            db = tl.where((db == db) & (tl.abs(other_db) > power_of_two(-240)), db, other_db)
     if dweight is not None:
         tl.store(dweight + channel, rounded(dw, dweight), mask=exists)
     if dbias is not None:
@@ -220,7 +222,7 @@ def _merged(x: Tensor, parts: Parts, eps: float) -> Statistics:
         kinds, many, _ = parts.moments.shape
         blocks = triton.cdiv(many, MOST)
         to = None if blocks == 1 else x.new_empty(3, blocks, channels, dtype=torch.float64)
-        _merge[(_columns(channels), blocks)](
+        _merge[(blocks, _columns(channels))](
             *parts.arguments, to, *found, float(eps), ROWS=ROWS, MOST=MOST, COUNTED=kinds == 3, **OPTIONS
         )
         if to is None:
@@ -232,7 +234,7 @@ def _sums(x: Tensor, parts: Parts) -> Tensor:
     """The order-free sums of each channel, (C, MOMENTS), from moments of parts."""
     kinds, many, channels = parts.moments.shape
     sums = torch.zeros(channels, MOMENTS, dtype=torch.int64, device=x.device)
-    _deposit_moments[(_columns(channels), triton.cdiv(many, ROWS))](
+    _deposit_moments[(triton.cdiv(many, ROWS), _columns(channels))](
         *parts.arguments, sums, ROWS=ROWS, COUNTED=kinds == 3, **OPTIONS
     )
     return sums
@@ -254,6 +256,13 @@ def _of_batch(x: Tensor, parts: Parts, eps: float, reproducible: bool) -> Statis
     return Statistics(*(torch.where(held, exact, other) for exact, other in zip(found, merged, strict=True)))
 
 
+def _check_sums(sums: Tensor, channels: int, columns: int) -> None:
+    if sums.shape != (channels, columns) or sums.dtype != torch.int64:
+        raise RuntimeError(
+            f"normwise: the sums must be int64, ({channels}, {columns}); they are {sums.dtype}, {tuple(sums.shape)}."
+        )
+
+
 def forward(
     x: Tensor,
     running: tuple[Tensor, Tensor] | None,
@@ -270,7 +279,7 @@ def forward(
     Numerics:
         Float32 (float64 for float64) within a tile, float64 for the numbers of a channel; y is rounded once.
     """
-    check(x, mask, (residual,), weight, bias, *(running or ()))
+    check(x, mask, weight, bias, *(running or ()), residual=residual)
     source, at = channels_of(x, reproducible)
     places = mask_of(mask, x)
     if running is None:
@@ -304,7 +313,7 @@ def backward(
     Numerics:
         Sums of parts are taken in float32 (float64 for float64), those of channels in float64 or exactly.
     """
-    check(x, mask, (dy, y), weight, mean, var)
+    check(x, mask, weight, mean, var, dy=dy, y=y)
     source, at = channels_of(x, reproducible)
     places = mask_of(mask, x)
     dy, y, own = ready(dy, source), ready(y, source), _own(at)
@@ -350,7 +359,7 @@ def _gradient_sums(parts: Tensor, var: Tensor, eps: float) -> Tensor:
     """The order-free sums of each channel, (C, GRADIENTS), from sums of dy * xhat and dy of parts."""
     _, many, channels = parts.shape
     sums = torch.zeros(channels, GRADIENTS, dtype=torch.int64, device=parts.device)
-    _deposit_gradients[(_columns(channels), triton.cdiv(many, ROWS))](
+    _deposit_gradients[(triton.cdiv(many, ROWS), _columns(channels))](
         parts, var, float(eps), sums, many, channels, ROWS=ROWS, **OPTIONS
     )
     return sums
@@ -405,7 +414,7 @@ batch_norm_relu_backward = backward
 
 def batch_norm_sums(x: Tensor, eps: float, mask: Parameter, reproducible: bool) -> Tensor:
     """Give the order-free sums of a part of a batch."""
-    check(x, mask, ())
+    check(x, mask)
     source, at = channels_of(x, reproducible)
     sums = _sums(x, at.moments(source, mask_of(mask, x)))
     carry(sums, 2)
@@ -415,6 +424,7 @@ def batch_norm_sums(x: Tensor, eps: float, mask: Parameter, reproducible: bool) 
 def batch_norm_moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Give mean, var, count of the whole batch."""
     channels = len(sums)
+    _check_sums(sums, channels, MOMENTS)
     mean, var, count = (sums.new_empty(channels, dtype=torch.float64) for _ in range(3))
     _statistics_of_sums[(_columns(channels),)](ready(sums), mean, var, count, None, channels, 0.0, **OPTIONS)
     return mean, var, count
@@ -424,7 +434,7 @@ def batch_norm_gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, mask: Parameter, reproducible: bool
 ) -> Tensor:
     """Give the order-free sums of a part of a batch."""
-    check(x, mask, (dy,), mean, var)
+    check(x, mask, mean, var, dy=dy)
     source, at = channels_of(x, reproducible)
     found = _given(x, mean, var, eps, _wide(x, dy))
     parts = at.gradients(ready(dy, source), None, source, mask_of(mask, x), found.numbers, _own(at))
@@ -438,6 +448,8 @@ def batch_norm_backward_of_sums(
     weight: Parameter, bias_dtype: Type, wanted: Mask,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Give dx of a part of a batch, dweight and dbias of the whole."""
+    check(x, mask, count)
+    _check_sums(sums, x.shape[1], GRADIENTS)
     return backward(dy, None, x, mean, var, eps, True, mask, True, weight, bias_dtype, (*wanted, False), (sums, count))[
         :3
     ]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import EXACT, along, factors, get, ready, rounded, standardized, wide
+from .common import EXACT, along, expect, factors, get, ready, rounded, standardized, wide
 
 TILE = 4096
 """Values of a tile."""
@@ -91,9 +91,9 @@ def _valid(mask, place, inside, PLANAR: tl.constexpr):
 
 
 @triton.jit
-def moments_of_part(parts, many, number, channel, inside, channels, chunks, span, positions, COUNTED: tl.constexpr):
+def moments_of_part(parts, size, number, channel, inside, channels, chunks, span, positions, COUNTED: tl.constexpr):
     """Read mean, sum of squared deviations and count of parts; if not COUNTED their places in an example tell."""
-    size = tl.cast(many, tl.int64)
+    size = tl.cast(size, tl.int64)
     at = number.to(tl.int64) * channels + channel
     if COUNTED:
         count = tl.load(parts + 2 * size + at, mask=inside, other=0.0)
@@ -102,9 +102,9 @@ def moments_of_part(parts, many, number, channel, inside, channels, chunks, span
     return tl.load(parts + at, mask=inside, other=0.0), tl.load(parts + size + at, mask=inside, other=0.0), count
 
 
-@triton.jit(do_not_specialize=["many", "steps", "examples", "positions"])
+@triton.jit(do_not_specialize=["size", "steps", "examples", "positions"])
 def _moments_of_parts(
-    x, mask, parts, many, steps, examples, channels, positions, line,
+    x, mask, parts, size, steps, examples, channels, positions, line,
     VALUES: tl.constexpr, SIDE: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     AXIS: tl.constexpr = -1 if PLANAR else 0
@@ -132,7 +132,7 @@ def _moments_of_parts(
     count = n.to(tl.float64)
     shift = tl.sum(total, AXIS) / tl.where(count > 0, count, 1.0)
     m2 = tl.sum(squares, AXIS) - shift * shift * count
-    size = tl.cast(many, tl.int64)
+    size = tl.cast(size, tl.int64)
     tl.store(parts + part, anchor + shift, mask=exists)
     tl.store(parts + size + part, tl.where(m2 < 0.0, 0.0, m2), mask=exists)  # unlike maximum, keeps NaN
     if mask is not None:
@@ -195,9 +195,9 @@ def _gradient(dy, y, offsets, valid, WIDE: tl.constexpr):
     return g
 
 
-@triton.jit(do_not_specialize=["steps", "examples", "positions", "many", "parts"])
+@triton.jit(do_not_specialize=["steps", "examples", "positions", "many", "size"])
 def _gradients_of_parts(
-    dy, y, x, mask, numbers, sums, many, of_example, width, steps, examples, channels, positions, line, parts,
+    dy, y, x, mask, numbers, sums, many, of_example, width, steps, examples, channels, positions, line, size,
     VALUES: tl.constexpr, SIDE: tl.constexpr, PLANAR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     AXIS: tl.constexpr = -1 if PLANAR else 0
@@ -219,7 +219,7 @@ def _gradients_of_parts(
             dw = tl.where(valid, tl.fma(g, xhat, dw), dw)
             db += g
     tl.store(sums + part, tl.sum(dw.to(tl.float64), AXIS), mask=exists)
-    tl.store(sums + tl.cast(parts, tl.int64) + part, tl.sum(db.to(tl.float64), AXIS), mask=exists)
+    tl.store(sums + tl.cast(size, tl.int64) + part, tl.sum(db.to(tl.float64), AXIS), mask=exists)
 
 
 @triton.jit(do_not_specialize=["examples", "positions", "many"])
@@ -285,6 +285,8 @@ class Channels(NamedTuple):
     channels: int
     positions: int
     planar: bool
+    joined: bool = False
+    """The positions of all examples count as those of one."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -293,12 +295,14 @@ class Channels(NamedTuple):
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Positions of a tile, and lines or channels, by the size of an example alone."""
+        """Positions of a tile, and lines or channels, whatever the number of examples."""
         if self.planar:
             values = min(triton.next_power_of_2(self.positions), TILE)
             return values, TILE // values
         narrow = min(triton.next_power_of_2(self.channels), SIDE)
-        values = min(triton.next_power_of_2(self.positions), TILE // narrow)
+        values = TILE // narrow
+        if not self.joined:
+            values = min(triton.next_power_of_2(self.positions), values)
         return values, min(triton.next_power_of_2(self.channels), TILE // values)
 
     @property
@@ -392,10 +396,10 @@ def channels_of(x: Tensor, by_example: bool = True) -> tuple[Tensor, Channels]:
     If examples need no sums of their own, the positions of all count as one example's where channels lie between them.
     """
     examples, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    planar = x.is_contiguous() or x.stride(1) != 1
+    planar = positions == 1 or x.is_contiguous() or x.stride(1) != 1
     source = ready(x) if planar else ready(x.movedim(1, -1)).movedim(-1, 1)
     if not by_example and (positions == 1 or not planar):
-        examples, positions, planar = 1, examples * positions, False
+        return source, Channels(1, channels, examples * positions, False, True)
     return source, Channels(examples, channels, positions, planar)
 
 
@@ -408,20 +412,23 @@ def mask_of(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return ready(spread.contiguous().view(torch.uint8))
 
 
-def check(x: Tensor, mask: Tensor | None, alike: tuple[Tensor | None, ...], *of_channels: Tensor | None) -> None:
+def check(x: Tensor, mask: Tensor | None, *of_channels: Tensor | None, **alike: Tensor | None) -> None:
     """What keeps the kernels within their arguments' memory.
+
+    Args:
+        x: The input.
+        mask: Of its examples or positions.
+        *of_channels: Parameters and statistics, (C).
+        **alike: Of the shape of x.
 
     Raises:
         RuntimeError: If a shape or device does not fit.
     """
     if x.dim() < 2:
         raise RuntimeError("normwise: x must have two axes or more.")
-    for t in alike:
-        if t is not None and (t.shape != x.shape or t.device != x.device):
-            raise RuntimeError("normwise: dy, y and the residual must have the shape and device of x.")
+    expect(x, x.shape, **alike)
     for t in of_channels:
-        if t is not None and (t.shape != x.shape[1:2] or t.device != x.device or not t.is_floating_point()):
-            raise RuntimeError("normwise: parameters and statistics must be (C), on the device of x.")
+        expect(x, x.shape[1:2], parameter=t)
     if mask is not None:
         shapes = x.shape[:1], (x.shape[0], *x.shape[2:])
         if mask.shape not in shapes or mask.device != x.device or mask.dtype != torch.bool:

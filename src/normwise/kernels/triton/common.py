@@ -8,6 +8,7 @@ choose the first two from the group's size alone, and pass every tensor through 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -191,6 +192,20 @@ def ready(t: MaybeTensor, like: Tensor | None = None) -> MaybeTensor:
     elif t.stride() != like.stride():
         t = torch.empty_like(like, dtype=t.dtype).copy_(t)
     return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def expect(x: Tensor, shape: Sequence[int], **tensors: Tensor | None) -> None:
+    """What keeps a kernel within the memory of tensors that go with x.
+
+    Raises:
+        RuntimeError: If one has another shape or device, or another type than float.
+    """
+    for name, t in tensors.items():
+        if t is not None and (t.shape != torch.Size(shape) or t.device != x.device or not t.is_floating_point()):
+            raise RuntimeError(
+                f"normwise: {name} must be floating-point, {tuple(shape)}, on {x.device}; it is {t.dtype}, "
+                f"{tuple(t.shape)}, on {t.device}."
+            )
 
 
 def laid_out(result: Tensor, x: Tensor) -> Tensor:

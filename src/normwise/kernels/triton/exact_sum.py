@@ -84,7 +84,7 @@ def deposit(terms, sums, exists):
     """Add the rows of float64 terms (R, W) to W sums, which begin where ``sums`` points: at most 2**20 rows."""
     held = tl.abs(terms) < power_of_two(_LOWEST + 32 * (_DIGITS - 1))
     lost = tl.sum((held == 0).to(tl.int32), 0)
-    tl.atomic_add(sums + _DIGITS, lost.to(tl.int64), mask=exists & (lost > 0))
+    tl.atomic_add(sums + _DIGITS, lost.to(tl.int64), mask=exists & (lost > 0), sem="relaxed")
     rest = tl.where(held, terms, 0.0)
     place = exponent_of(tl.max(tl.max(tl.abs(rest), 1), 0)) - _LOWEST
     while place >= 0:
@@ -94,7 +94,7 @@ def deposit(terms, sums, exists):
         whole = (rest + magic) - magic
         rest = rest - whole
         total = (tl.sum(whole, 0) / unit).to(tl.int64)
-        tl.atomic_add(sums + digit, total, mask=exists & (total != 0))
+        tl.atomic_add(sums + digit, total, mask=exists & (total != 0), sem="relaxed")
         place = exponent_of(tl.max(tl.max(tl.abs(rest), 1), 0)) - _LOWEST
 
 

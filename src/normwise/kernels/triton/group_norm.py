@@ -20,6 +20,7 @@ from .common import (
     EXACT,
     add_blocks,
     along,
+    expect,
     get,
     joined,
     laid_out,
@@ -142,8 +143,8 @@ def _numbers(own: Own, *tensors: Tensor) -> Tensor:
     return tensors[0].new_empty(4, own.many, dtype=torch.float64 if wide(*tensors) == tl.float64 else torch.float32)
 
 
-def _check(x: Tensor, groups: int, mask: Tensor | None, alike: tuple[Tensor, ...], *of_channels: Tensor | None) -> None:
-    check(x, mask, alike, *of_channels)
+def _check(x: Tensor, groups: int, mask: Tensor | None, *of_channels: Tensor | None, **alike: Tensor | None) -> None:
+    check(x, mask, *of_channels, **alike)
     if groups < 1 or x.shape[1] % groups:
         raise RuntimeError(
             f"group_norm: num_groups must divide the {x.shape[1]} channels; got {groups}; choose a divisor."
@@ -165,7 +166,7 @@ def forward(
     Numerics:
         Float32 (float64 for float64) within a tile, float64 for the numbers of a group; y is rounded once.
     """
-    _check(x, groups, mask, (), weight, bias)
+    _check(x, groups, mask, weight, bias)
     source, at = channels_of(x)
     places, own = mask_of(mask, x), _own(at, groups)
     y = torch.empty_like(source, dtype=out_dtype or x.dtype)
@@ -221,7 +222,8 @@ def group_norm_backward(
     Numerics:
         Sums of parts are taken in float32 (float64 for float64), those of groups and channels in float64.
     """
-    _check(x, num_groups, mask, (dy,), weight)
+    _check(x, num_groups, mask, weight, dy=dy)
+    expect(x, (x.shape[0], num_groups), mean=mean, rstd=rstd)
     source, at = channels_of(x)
     places, own, dy = mask_of(mask, x), _own(at, num_groups), ready(dy, source)
     numbers = _numbers(own, source, dy)

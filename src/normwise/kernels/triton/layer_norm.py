@@ -21,6 +21,7 @@ from .common import (
     EXACT,
     add_blocks,
     along,
+    expect,
     get,
     laid_out,
     merged,
@@ -195,12 +196,11 @@ def forward(
     Numerics:
         Float32 (float64 for float64) within a tile, float64 for the numbers of a row; y is rounded once.
     """
-    check(x, normalized_shape, weight, bias)
+    kept = check(x, normalized_shape, weight, bias, residual=residual)
     source, at = rows_of(x, len(normalized_shape))
     added = ready(residual, source)
     y = torch.empty_like(source, dtype=out_dtype or x.dtype)
     h = None if residual is None else torch.empty_like(source)
-    kept = x.shape[: x.dim() - len(normalized_shape)]
     mean = x.new_empty(kept, dtype=torch.float64) if save and centred else None
     rstd = x.new_empty(kept, dtype=torch.float64) if save else None
     rows, block, count = at.tile(LONGEST)
@@ -236,7 +236,7 @@ def backward(
     Numerics:
         The sums of a row and of a block of rows are taken in float32 (float64 for float64), those of blocks in float64.
     """
-    check(x, normalized_shape, weight)
+    expect(x, check(x, normalized_shape, weight, dy=dy, dh=dh), mean=mean, rstd=rstd)
     source, at = rows_of(x, len(normalized_shape))
     want_dx, want_dw, want_db = (
         output_mask[0], output_mask[1] and weight is not None, output_mask[2] and bias_dtype is not None,

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ready
+from .common import expect, ready
+
+Shape = Sequence[int]
 
 TILE = 2048
 """Values of a tile of short rows."""
@@ -92,14 +94,21 @@ class Rows(NamedTuple):
 def rows_of(x: Tensor, axes: int) -> tuple[Tensor, Rows]:
     """The input in an order of memory that the kernels walk through, copied if it has another, and that order."""
     cols = math.prod(x.shape[-axes:])
-    if axes == 1 and x.dim() > 2 and not x.is_contiguous() and x.movedim(-1, 1).is_contiguous():
+    one = x[:1]  # gaps between examples are no matter of an example, whose bits must not depend on them
+    if axes == 1 and x.dim() > 2 and not one.is_contiguous() and one.movedim(-1, 1).is_contiguous():
         rows = math.prod(x.shape[1:-1])
-        return ready(x, x), Rows(x.shape[0], rows, cols, rows * cols, 1, rows)
+        return ready(x.movedim(-1, 1)).movedim(1, -1), Rows(x.shape[0], rows, cols, rows * cols, 1, rows)
     return ready(x), Rows(1, x.numel() // cols, cols, 0, cols, 1)
 
 
-def check(x: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> None:
-    """What keeps the kernels within their arguments' memory.
+def check(x: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None, **alike: Tensor | None) -> Shape:
+    """What keeps the kernels within their arguments' memory; the shape of what every row has once.
+
+    Args:
+        x: The input.
+        normalized_shape: Its last axes.
+        *parameters: Of that shape.
+        **alike: Of the shape of x.
 
     Raises:
         RuntimeError: If a shape or device does not fit.
@@ -107,6 +116,7 @@ def check(x: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None
     shape = tuple(normalized_shape)
     if not shape or x.shape[-len(shape) :] != shape:
         raise RuntimeError("normwise: the last axes of x must be normalized_shape.")
-    for p in parameters:
-        if p is not None and (p.shape != shape or p.device != x.device or not p.is_floating_point()):
-            raise RuntimeError("normwise: a parameter must have the shape and device of what it scales or shifts.")
+    for parameter in parameters:
+        expect(x, shape, parameter=parameter)
+    expect(x, x.shape, **alike)
+    return x.shape[: x.dim() - len(shape)]

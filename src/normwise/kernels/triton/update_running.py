@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import EXACT, get, ready, rounded
+from .common import EXACT, expect, get, ready, rounded
 
 ROWS, COLUMNS = 64, 16
 """Rows of statistics and channels of a tile."""
@@ -65,10 +65,12 @@ def update_running_(
     """Change the running statistics in place."""
     channels = running_mean.numel()
     rows = mean.numel() // channels
+    expect(running_mean, (channels,), running_mean=running_mean, running_var=running_var, total=total)
+    expect(running_mean, (channels,) if mean.dim() == 1 else (rows, channels), mean=mean, var=var)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     tracked = num_batches_tracked if momentum is None else None
-    valid = None if mask is None else mask.reshape(rows, -1).to(torch.float64).mean(1) * count
+    valid = None if mask is None else mask.reshape(rows, mask.numel() // max(rows, 1)).double().mean(1) * count
     _update_running[(triton.cdiv(channels, COLUMNS),)](
         running_mean, running_var, tracked, ready(mean), ready(var), valid, ready(total), rows, channels,
         running_mean.stride(0), running_var.stride(0), count, float(momentum or 0.0),
