@@ -39,17 +39,30 @@ def page(first: list[Row], second: list[Row]) -> str:
 
 
 def _environment(first: list[Row], second: list[Row]) -> list[str]:
-    about = sorted({_machine(row) for row in first})
     plans = sorted({f"{row.record.plan.size}, seeds from {row.record.plan.seed_base}" for row in first})
-    spans = [_span(row) for row in first]
-    most = max(sum(a <= start < b for a, b in map(_span, [*first, *second])) for start, _ in spans)
-    added = sum(end - start for start, end in spans) / 60
-    loads = [row.record.environment["load"] or 0.0 for row in first]
+    every = list(map(_span, [*first, *second]))
+    most = max(sum(a <= start < b for a, b in every) for start, _ in map(_span, first))
+    machines = sorted({_machine(row) for row in first})
+    runs = [[row for row in first if _machine(row) == machine] for machine in machines]
+    about = [f"{machine}: {_run(rows)}" for machine, rows in zip(machines, runs, strict=True)]
     return [
-        f"Measured on {'; '.join(about)}; {_norms(first)}. Size {'; '.join(plans)}. Up to {most} experiments ran at a "
-        f"time: {_clock(spans) / 60:.0f} minutes by the clock, {added:.0f} added up, "
-        f"on a machine with a load of {min(loads)} to {max(loads)} before each began. {_code([*first, *second])}\n"
+        f"Measured with {_norms(first)}. Size {'; '.join(plans)}. Up to {most} experiments ran at a time. "
+        f"{_code([*first, *second])}\n",
+        *(f"- {line}" for line in about),
+        "",
     ]
+
+
+def _run(rows: list[Row]) -> str:
+    """What ran on one machine on one day, and how long."""
+    spans = [_span(row) for row in rows]
+    loads = [row.record.environment["load"] or 0.0 for row in rows]
+    what = ", ".join(row.experiment.name for row in rows) if len(rows) < 3 else f"{len(rows)} experiments"
+    added = sum(end - start for start, end in spans) / 60
+    return (
+        f"{what}, {_clock(spans) / 60:.0f} minutes by the clock, {added:.0f} added up; "
+        f"load {min(loads)} to {max(loads)} before each began"
+    )
 
 
 def _machine(row: Row) -> str:

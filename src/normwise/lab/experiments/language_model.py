@@ -3,8 +3,8 @@
 Byte-level causal transformers (width 64, 4 heads, norm before attention and MLP and before the head), 2 and 6 layers,
 learn a fixed list of files of the running Python's standard library, 16 sequences of 64 bytes an update; other files
 validate, others test. All norms, and none, get equal updates, in the standard size 1,000 at 2 layers, where all
-predict better than counting bytes (after 500 they did not, and the norms stood closer together), and 250 at 6, with 3
-seeds; the same initial weights and order, Adam without weight decay, warm-up and cosine, and each the learning rate
+predict better than counting bytes (after 500 they did not, and the norms stood closer together), and 250 at 6;
+the same initial weights and order, Adam without weight decay, warm-up and cosine, and each the learning rate
 that does best on the validation files with seeds of their own. The loss is that of windows of the test files, drawn for
 each seed, in nats per byte. Batch Norm is scored with running statistics, with those averaged over the training files
 under the final weights, and in training mode, which sees later bytes and other sequences and is no score of a language
@@ -97,7 +97,7 @@ def trials(plan: Plan) -> list[Trial]:
     for depth, updates in lengths.items():
         shallow = depth == 2
         tuning = range(base + 900, base + 900 + (plan.choose(1, 2, 3) if shallow else 1))
-        seeds = plan.seeds(3, 10, 30) if shallow else plan.seeds(0, 3, 10)
+        seeds = plan.seeds(full=30 if shallow else 10)
         grid = plan.choose(GRIDS[2][1:], GRIDS[depth], GRIDS[depth])
         for norm in NORMS:
             setting = Setting(norm, updates, plan.choose(4, 16, 16), depth)
