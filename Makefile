@@ -74,7 +74,7 @@ test-distributed: $(VENV)/installed-dev
 	NORMWISE_PROCESSES="4 7" $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sync_batch_norm.py tests/test_torchrun.py \
 	    tests/test_faults.py tests/test_sharded.py tests/test_replicas.py
 
-# `make test` runs a sixth of these on each
+# `make test` runs a third of these on each
 test-instruction-sets: $(VENV)/installed-dev
 	@for cpu in $$($(BIN)/python -c 'from normwise.kernels import usable; print(*usable()[1:])'); do \
 	    echo "== $$cpu"; NORMWISE_CPU=$$cpu $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS) \

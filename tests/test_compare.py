@@ -998,7 +998,7 @@ def test_html_is_self_contained(shape: tuple[int, ...]) -> None:
     assert [tag for tag, _ in page.elements].count("html") == 1
     for tag, attributes in page.elements:
         assert not {"src", "srcset", "data", "action"} & attributes.keys()
-        assert tag not in ("link", "a") or attributes["href"].startswith("data:")
+        assert tag not in ("link", "a") or attributes["href"].startswith("data:image/svg+xml,")
         assert not any(name.startswith("on") for name in attributes)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]

@@ -143,7 +143,7 @@ def test_the_exact_mean_cancels_even_where_the_spread_is_below_its_last_digit():
 def test_the_contract_holds_on_every_other_instruction_set(name):
     """Each in a process of its own: a library cannot be unloaded. `make test-instruction-sets` runs all of these."""
     strict = ["test_functional.py", "test_trace.py", "test_docs.py"]  # and the tests that ask more of exact sums
-    chosen = ["test_contract.py", *(strict if name == "reference" else ["test_kernels.py", "--every", "6"])]
+    chosen = ["test_contract.py", *(strict if name == "reference" else ["test_kernels.py", "--every", "3"])]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *chosen],
         cwd=HERE, env={**os.environ, "NORMWISE_CPU": name, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

@@ -121,6 +121,7 @@ def assert_right(got: dict[str, Tensor], want: dict[str, Tensor], given: list[Te
             limit = torch.finfo(x.dtype).eps / 2 if half else cases.A1["y" if key == "y" else "dx"]
         else:
             limit = 1e-10 if "var" in want and key in ("mean", "var") else cases.A1["dweight"]  # a group's: float32
+            limit = cases.A2_SUMS.get(got[key].dtype, limit)
         scale = max(exact, dy.double(), key=torch.linalg.vector_norm) if key in ("dweight", "dbias") else None
         assert cases.error(got[key], exact, scale) <= limit, key
 
@@ -134,6 +135,19 @@ def test_batch_norm(mode, shape, layout, dtype, ratio, mask):
     given = [layout(t) if t.dim() > 1 else t for t in given]
     valid = mask_of(mask, shape)
     assert_right(batch(op, mode, False, given, valid), batch(in_float64, mode, False, given, valid), given)
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), cases.TYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", [*MODES, "relu", "group"])
+def test_every_type_and_layout(norm, layout, dtype, parameter_dtype):
+    given = [layout(t) if t.dim() > 1 else t.to(parameter_dtype) for t in inputs((4, 4, 3, 5), 1.0, dtype)]
+    mode = "exact" if norm == "relu" else norm
+    outputs = [
+        groups(find, 2, given, None) if norm == "group" else batch(find, mode, norm == "relu", given, None)
+        for find in (op, in_float64)
+    ]
+    assert_right(*outputs, given)
 
 
 @pytest.mark.parametrize("mask", ["no mask", "positions"])
