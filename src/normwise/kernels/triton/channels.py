@@ -102,6 +102,14 @@ def moments_of_part(parts, size, number, channel, inside, channels, chunks, span
     return tl.load(parts + at, mask=inside, other=0.0), tl.load(parts + size + at, mask=inside, other=0.0), count
 
 
+@triton.jit
+def apart_from_one(values, valid, AXIS: tl.constexpr):
+    """The largest value along AXIS, and how far all are from it, in float64; zero where not valid."""
+    anchor = tl.max(tl.where(valid & (values == values), values, float("-inf")), AXIS)
+    anchor = tl.where(anchor > float("-inf"), anchor, 0.0).to(tl.float64)
+    return anchor, tl.where(valid, values.to(tl.float64) - along(anchor, values, AXIS), 0.0)
+
+
 @triton.jit(do_not_specialize=["size", "steps", "examples", "positions"])
 def _moments_of_parts(
     x, mask, parts, size, steps, examples, channels, positions, line,
@@ -113,9 +121,7 @@ def _moments_of_parts(
     )
     valid = _valid(mask, place, inside, PLANAR)
     values = get(x + offsets, valid, WIDE)
-    anchor = tl.max(tl.where(valid & (values == values), values, float("-inf")), AXIS)
-    anchor = tl.where(anchor > float("-inf"), anchor, 0.0).to(tl.float64)
-    apart = tl.where(valid, values.to(tl.float64) - along(anchor, values, AXIS), 0.0)
+    anchor, apart = apart_from_one(values, valid, AXIS)
     total, squares = apart, apart * apart
     n = tl.sum(valid.to(tl.int32), AXIS)
     if not PLANAR:

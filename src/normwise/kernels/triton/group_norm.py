@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .channels import Channels, Own, channels_of, check, mask_of, moments_of_part, store_factors
+from .channels import Channels, Own, apart_from_one, channels_of, check, mask_of, moments_of_part, store_factors
 from .common import (
     EXACT,
     add_blocks,
@@ -25,7 +25,6 @@ from .common import (
     joined,
     laid_out,
     merged,
-    moments,
     normalized,
     ready,
     rounded,
@@ -51,8 +50,11 @@ def _whole_groups(
     )  # fmt: skip
     result = get(x + offsets, inside, WIDE)
     count = tl.cast(cols, tl.float64)
-    m, squares = moments(result, col < cols, count, -1, True)
-    r = tl.rsqrt(squares / count + eps)
+    anchor, apart = apart_from_one(result, inside, -1)  # float64: what a mean is off adds up in dweight
+    shift = tl.sum(apart, -1) / count
+    squares = tl.sum(apart * apart, -1) - shift * shift * count
+    m = anchor + shift
+    r = tl.rsqrt(tl.where(squares < 0.0, 0.0, squares) / count + eps)  # unlike maximum, keeps NaN
     if rstd is not None:
         tl.store(mean + number, m, mask=exists)
         tl.store(rstd + number, r, mask=exists)
