@@ -103,6 +103,8 @@ def channels() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"{case} groups", "group_norm_forward", (x, 32, w, w, 1e-5, None, None)
         yield f"{case} groups backward", "group_norm_backward", (x, x, g, g, 32, 1e-5, None, w, FLOAT, every)
     x, s, n = torch.empty(2, 64, 9, 9), torch.empty(64, dtype=torch.float64), torch.empty(2, dtype=torch.bool)
+    large = torch.empty(2, 96, 50, 50, dtype=HALF)
+    yield "large groups", "group_norm_forward", (large, 32, None, None, 1e-5, None, None)
     yield "masked channels", "batch_norm_relu_forward", (x, None, None, 1e-5, n, None, True)
     yield "float64 channels", "batch_norm_forward", (x.double(), None, None, 1e-5, None, True)
     yield "sums", "batch_norm_sums", (x, 1e-5, None, True)

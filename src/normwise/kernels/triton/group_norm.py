@@ -36,8 +36,8 @@ from .rows import Rows, tile_of_rows
 ROWS, COLUMNS = 64, 64
 """The most parts and channels of a group that a tile takes."""
 
-LONGEST = 16384
-"""Values of the largest group that a tile holds whole."""
+LONGEST = 8192
+"""Values of the largest group that a tile holds whole: with twice as many registers spill."""
 
 
 @triton.jit(do_not_specialize=["rows"])
